@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of `python -m fastloop.bench`, driven by pytest-benchmark: `pytest --benchmark-only benchmarks`.
+
+pytest-benchmark times here. Its numbers are milliseconds of one contender: they show where time goes and are not
+compared across contenders or runs; for that there are the paired ratios of `python -m fastloop.bench run`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastloop.bench import cases, checks, runner
+from fastloop.bench.contenders import CONTENDERS
+
+_PAIRS = [
+    pytest.param(case, name, id=f"{case.name}-{name}") for case in cases.CASES for name in (case.ours, *case.peers)
+]
+
+
+@pytest.mark.parametrize(("case", "name"), _PAIRS)
+def test_step(case: cases.Case, name: str, benchmark: Any) -> None:
+    """Check one contender's result, then time its step."""
+    reason = runner.lacking_memory(case)
+    if reason is not None:
+        pytest.skip(reason)
+    unavailable = CONTENDERS[name].unavailable(len(case.build()))
+    if unavailable is not None:
+        pytest.skip(unavailable)
+    try:
+        built = runner.build_checked(case, name)
+    except checks.WrongResult as error:
+        if CONTENDERS[name].outside:
+            pytest.skip(str(error))
+        raise
+    benchmark.group = case.name
+    benchmark.extra_info["bytes"] = case.traffic.bytes
+    benchmark(built.stepper.step)

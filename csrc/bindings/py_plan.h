@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// A plan as Python sees it: the tensors behind core/plan.h's addresses, and the check, at each step, that param_groups,
+// state and addresses are still what the plan was built from.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/tensor.h"
+#include "core/plan.h"
+
+namespace fastloop {
+
+// Outcome of a step. kStale: nothing was touched, build a new plan. kStopped: not finite, nothing was touched.
+enum class Outcome : int { kDone, kSkipped, kStopped, kStale };
+
+// What Python hands in for one parameter.
+struct Entry {
+  pybind11::object owner;   // whose .grad is read
+  pybind11::object tensor;  // whose memory is updated: the owner itself, or the local tensor behind a DTensor
+  std::vector<pybind11::object> states;
+  pybind11::object master, ema, step;  // None where absent; step is torch's scalar
+  std::int64_t steps_done = 0;
+  int rule = 0;
+  int row = 0;
+};
+
+// A hyperparameter: group[key], or group[key][index].
+struct HyperKey {
+  pybind11::str key;
+  int index;  // -1: not a sequence
+};
+
+class PyPlan {
+ public:
+  PyPlan(const Kernels& kernels, std::vector<HyperKey> hyper, std::vector<pybind11::str> structure)
+      : plan_(kernels), hyper_(std::move(hyper)), structure_(std::move(structure)) {}
+
+  // False if no kernel serves the entry; its tensors must be dense and of one layout (checked, ValueError).
+  bool add(Entry entry);
+  // Remembers groups and state as they are now. `elsewhere` are parameters of the groups that are stepped by other means.
+  void finish(const pybind11::list& groups, const pybind11::dict& state, const pybind11::list& elsewhere);
+
+  // Reads each owner's .grad and does both passes. Returns (outcome, norm or None).
+  pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool found_inf, bool check_finite, bool stop_nonfinite, bool zero_grads);
+
+  // The passes apart: gather() first, then norm() -> (squares, finite), then update(). grads: one tensor or None per
+  // entry.
+  bool gather(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads);
+  std::pair<double, bool> norm(bool check_all);
+  pybind11::tuple update(double squares, bool finite, bool measured, double grad_scale, bool found_inf,
+                         bool stop_nonfinite, bool zero_grads);
+
+  std::vector<std::int64_t> steps_done() const;
+
+ private:
+  struct Bound {
+    Entry entry;
+    Layout layout;
+    struct Held {
+      PyObject* tensor;
+      int slot;
+      DType dtype;
+    };
+    std::vector<Held> held;  // all but the gradient, in slots
+    DType grad_dtype = DType::kUnsupported;
+  };
+  struct Group {
+    std::vector<std::pair<PyObject*, int>> params;  // and the index of its entry, or one of:
+    std::vector<bool> structure;
+  };
+  static constexpr int kNoGrad = -1;     // it had no gradient when the plan was built
+  static constexpr int kElsewhere = -2;  // stepped by other means
+  struct StateOfParameter {
+    PyObject *parameter, *values;
+    std::vector<PyObject*> tensors;
+  };
+
+  bool groups_hold(const pybind11::list& groups);
+  bool read_row(PyObject* group, Row* row);
+  bool state_holds(const pybind11::dict& state) const;
+  bool grads_hold(const pybind11::object& grads);
+  bool tensors_hold() const;
+  void count_versions() const;
+
+  Plan plan_;
+  std::vector<HyperKey> hyper_;
+  std::vector<pybind11::str> structure_;
+  std::vector<Bound> bound_;
+  std::vector<Group> groups_;
+  std::vector<StateOfParameter> state_;
+  double max_norm_ = 0;
+  bool clips_ = false;  // some group is in the norm
+  pybind11::tuple owners_;
+};
+
+}  // namespace fastloop

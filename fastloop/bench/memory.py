@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a step: what it keeps, what it takes on top while it runs, how many operations allocate.
+
+Counted from the allocator's events, not from the process's size: the same on every machine and in every run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes held between steps (parameters, gradients, states), bytes on top during one, allocating operations."""
+
+    resident_bytes: int
+    transient_bytes: int
+    allocations: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.resident_bytes + self.transient_bytes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def resident_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of `tensors`."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """The profiler writes to file descriptor 2 when it starts, stops, and meets memory that is older than it."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def measure(step: Callable[[], object], parameters: list[Tensor], optimizer: Any) -> Memory:
+    """Profile one step. Kernels that allocate outside torch's allocator are not seen."""
+    profiler: Any = torch.autograd.profiler.profile(use_kineto=False, profile_memory=True)
+    with _silenced_stderr(), profiler:
+        step()
+    changes = sorted(
+        (event.time_range.end, event.self_cpu_memory_usage)
+        for event in profiler.function_events
+        if event.self_cpu_memory_usage
+    )
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    states = list(_tensors(list(getattr(optimizer, "state", {}).values())))
+    return Memory(resident_bytes([*parameters, *gradients, *states]), peak, sum(change > 0 for _, change in changes))
