@@ -17,6 +17,7 @@ from fastloop.ops.reference import compute_dtype
 Tensors = Tensor | Iterable[Tensor]
 
 
+@torch.no_grad()
 def get_total_norm(
     tensors: Tensors, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> Tensor:
@@ -54,6 +55,7 @@ def get_total_norm(
     return total
 
 
+@torch.no_grad()
 def clip_grads_with_norm_(
     parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -81,6 +83,7 @@ def clip_grads_with_norm_(
             grad.mul_(factor.to(grad.device))
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -111,7 +114,7 @@ def clip_grad_norm_(
     if isinstance(parameters, types.GeneratorType):
         listed = list(parameters)
         if not listed:
-            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2)
+            warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     else:
         listed = _listed(parameters)
     total = get_total_norm(_grads(listed), norm_type, error_if_nonfinite, foreach)
@@ -119,6 +122,7 @@ def clip_grad_norm_(
     return total
 
 
+@torch.no_grad()
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     r"""Bound every element of the gradients of `parameters` to [-clip_value, clip_value], in place.
 
@@ -183,7 +187,6 @@ def _needs_torch(t: Tensor) -> bool:
         or t.device.type != "cpu"
         or t.is_complex()
         or t.is_neg()
-        or (t.requires_grad and torch.is_grad_enabled())
     )
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_isa in a process of its own: every optimizer on the instruction set that FASTLOOP_ISA names.
 
-Steps are held against the oracle here; what must agree between instruction sets is printed as JSON.
+Steps are held against the oracle here; what must agree between instruction sets is printed as JSON: the norms, but
+those of float64 gradients. The square of a float64 is rounded where the set has no fused multiply-add, and exact
+where it has one; squares of narrower numbers are exact in a float64 accumulator.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def every_finite_16_bit_number(dtype: torch.dtype) -> torch.Tensor:
 
 
 def main() -> None:
-    norms = {}
+    norms: dict[str, str] = {}
     for name in CASES:
         for index, (dtype, grad_dtype, arguments) in enumerate(STORAGE):
             params = parameters(SHAPES, dtype, grad_dtype)
@@ -66,7 +68,8 @@ def main() -> None:
         for _ in range(2):
             p.grad = values((60_000,), dtype)
             checked_step(opt)
-    print(json.dumps({"isa": fastloop.backends()["cpu"]["isa"], "norms": norms}))
+    comparable = {key: norm for key, norm in norms.items() if "torch.float64" not in norm}
+    print(json.dumps({"isa": fastloop.backends()["cpu"]["isa"], "norms": comparable}))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,10 @@ bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType d
          !(layout.single && is_negative_view(tensor));
 }
 
-void TensorReader::increment_version(py::handle tensors) const { py::handle(increment_version_)(tensors); }
+void TensorReader::increment_version(py::handle tensors) const {
+  const py::handle function = increment_version_;
+  function(tensors);
+}
 
 bool TensorReader::is_negative_view(PyObject* tensor) const {
   PyObject* flag = PyObject_CallMethodNoArgs(tensor, is_neg_name_);

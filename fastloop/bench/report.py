@@ -70,8 +70,14 @@ def peer_lines(rows: Sequence[Row]) -> list[str]:
     return [f"{name} = {CONTENDERS[name].title}" for name in names]
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """One row as texts under COLUMNS; a row without a ratio says why under the third."""
+def _goal(row: Row, void: bool) -> str:
+    if row.goal is None:
+        return ""
+    return f"{row.goal:g}x " + ("(void)" if void else "reached" if row.reached() else "MISSED")
+
+
+def cells(row: Row, void: bool = False) -> tuple[str, ...]:
+    """One row as texts under COLUMNS; one without a ratio says why under the third, a void run judges no goal."""
     if row.ratio is None:
         return (row.case, row.peer, row.status, *[""] * (len(COLUMNS) - 3))
     hot = row.ours_memory is not None and row.ours_memory["resident_bytes"] < HOT_BYTES
@@ -81,7 +87,7 @@ def cells(row: Row) -> tuple[str, ...]:
         row.peer,
         f"{row.ratio.median:.3g}x",
         interval(row.ratio),
-        "" if row.goal is None else f"{row.goal:g}x " + ("reached" if row.reached() else "MISSED"),
+        _goal(row, void),
         seconds(median(row.ours_seconds)),
         seconds(median(row.peer_seconds)),
         f"{row.gbps:.3g}",
@@ -177,19 +183,19 @@ def shown(run: Run) -> list[Row]:
     return [row for row in run.rows if row.group != "control" and row.status != "skipped"]
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], void: bool = False) -> Table:
     """The rows under COLUMNS, green where ours is surely faster and red where it is surely slower."""
     result = Table(title="clip + step", title_justify="left")
     for name in COLUMNS:
         result.add_column(name, justify="left" if name in COLUMNS[:2] else "right", overflow="fold")
     for row in rows:
-        result.add_row(*(Text(cell) for cell in cells(row)), style=_style(row))
+        result.add_row(*(Text(cell) for cell in cells(row, void)), style="" if void and row.ratio else _style(row))
     return result
 
 
 def render(run: Run) -> RenderableType:
     """The whole report for a terminal."""
-    parts: list[RenderableType] = [table(shown(run))]
+    parts: list[RenderableType] = [table(shown(run), run.void)]
     parts += [Text(line, style="dim") for line in [*peer_lines(run.rows), FOOTNOTE]]
     parts += [Text(f"- {note}", style="bold red" if "WRONG" in note or "VOID" in note else "") for note in notes(run)]
     if run.training is not None:
@@ -204,7 +210,7 @@ def markdown(run: Run, plots: Sequence[str] = ()) -> str:
     lines = [f"# fastloop bench, {run.created}", "", f"{run.seconds:.0f} s in all.", "", "## Environment", ""]
     lines += [f"- {name}: {text}" for name, text in environment_pairs(run.environment)]
     lines += ["", "## Clip + step", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, run.void)) + " |" for row in rows]
     lines += [
         "",
         textwrap.fill(FOOTNOTE, 110),

@@ -9,6 +9,7 @@ times 8: the roundings of a whole step are a few (`checks` counts them), and two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,6 +27,7 @@ WEIGHT_DECAY = 0.1
 MAX_NORM = 1.0
 SHADOWS = 2
 MARGIN = 8.0
+FEWEST_SAMPLES = 10
 STEPS_PER_SAMPLE = 4  # of one side in a row: more than 20 ms on 2 cores, and the curves still grow side by side
 
 
@@ -126,9 +128,11 @@ def train(
     steps: int = 240,
     size: chargpt.Size | None = None,
     progress: Callable[[str, int], None] | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Train both sides on the same batches, interleaved sample by sample in the order A B B A, then the shadows.
 
+    No sample starts later than `seconds` after the first, once 10 are taken: fewer steps, and the same comparison.
     Returns the part of the result file called "training"; `status` is "wrong" when the curves do not agree.
     Raises chargpt.NoText where there is no text to train on.
     """
@@ -138,7 +142,11 @@ def train(
     sides = (torch_side(size), our_side(size))
     samples: list[list[tuple[float, float]]] = [[], []]
     with quiet_interpreter():
+        deadline = perf_counter() + seconds
         for index, start in enumerate(range(0, steps, STEPS_PER_SAMPLE)):
+            if index >= FEWEST_SAMPLES and perf_counter() > deadline:
+                steps = start
+                break
             part = data[start : start + STEPS_PER_SAMPLE]
             for side in (0, 1) if index % 2 == 0 else (1, 0):
                 samples[side].append(sides[side].train(part))
@@ -149,7 +157,7 @@ def train(
         if progress is not None:
             progress("training a character-level GPT: how far roundings carry", seed)
         shadow = shadow_side(size, seed)
-        shadow.train(data)
+        shadow.train(data[:steps])
         shadows.append([float(loss) for loss in shadow.losses])
     plain, ours = ([float(loss) for loss in side.losses] for side in sides)
     limits = bounds(plain, shadows)

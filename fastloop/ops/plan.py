@@ -68,11 +68,13 @@ class StepPlan:
     Args:
         hyper: names of the rule's hyperparameters in its order, as (key, index); index -1 for a plain number.
         structure: keys of groups whose truth decides slots or backend; a change makes the plan stale.
+        serves_sparse: a sparse gradient is stepped as its dense form; else it makes the plan stale.
         norm_group: process group over which the norm of plain parameters is summed.
     """
 
     hyper: Sequence[tuple[str, int]]
     structure: Sequence[str]
+    serves_sparse: bool = False
     norm_group: Any = None
     norm: float | None = None  # of the last step, before clipping
     last_skipped: bool = False
@@ -80,26 +82,44 @@ class StepPlan:
     _kernel_params: list[Tensor] = field(default_factory=list)
     _outside: list[_Outside] = field(default_factory=list)
     direct: bool = True  # one native call does it all and reads .grad itself
+    _seen: Any = None  # what the plan was built from, where no native plan watches it
 
     # ---- building
 
     def build(self, groups: list[Group], state: dict[Any, Any], slots: Sequence[Slots], backend: str) -> None:
         """Divide `slots` among the kernels and the reference and remember groups and state as they are."""
         module = native() if backend in ("auto", "cpu") else None
-        if module is not None:
+        if module is not None and any(not g.get("differentiable") for g in groups):
             self._native = module.Plan(list(self.hyper), list(self.structure))
         elsewhere = []
         for s in slots:
             differentiable = bool(groups[s.group].get("differentiable"))
-            if module is not None and not differentiable and self._add_native(s):
+            if self._native is not None and not differentiable and self._add_native(s):
                 self._kernel_params.append(s.param)
             else:
                 self._outside.append(_Outside(s, s.steps_done))
                 elsewhere.append(s.param)
         if self._native is not None:
             self._native.finish(groups, state, elsewhere)
-        self.direct = not self._outside and self.norm_group is None and self._native is not None
-        self.direct = self.direct and all(_plain(p) for p in self._kernel_params)
+        self.direct = self._native is not None and not self._outside and self.norm_group is None
+        self.direct = self.direct and all(_plain(p) and not _is_foreign(p) for p in self._kernel_params)
+        if self._outside or self._native is None:
+            self._seen = self._fingerprint(groups, state)
+
+    def _fingerprint(self, groups: list[Group], state: dict[Any, Any]) -> Any:
+        """Everything whose change makes the plan stale, as the native plan checks it for its own parameters."""
+        planned = {id(p) for p in (*self._kernel_params, *self.outside)}
+        return (
+            [
+                (
+                    [(id(p), p.data_ptr() if _plain(p) else 0, p.dtype, p.stride()) for p in group["params"]],
+                    [bool(group.get(key)) for key in self.structure],
+                    [p.grad is None for p in group["params"] if id(p) not in planned],
+                )
+                for group in groups
+            ],
+            [(id(p), [(k, id(v)) for k, v in values.items()]) for p, values in state.items()],
+        )
 
     def _add_native(self, s: Slots) -> bool:
         local = _local(s.param)
@@ -142,16 +162,16 @@ class StepPlan:
             outcome, self.norm = self._native.step(
                 groups, state, c.grad_scale, c.found_inf, c.check_finite, c.stop_nonfinite, c.zero_grads
             )
-            if outcome != STALE or not self._has_foreign_grads():
-                return int(outcome)
-            self.direct = False  # gradients in another layout than their parameters: hand in copies from now on
+            if c.zero_grads and outcome in (DONE, SKIPPED):
+                torch.autograd.graph.increment_version([g for p in self._kernel_params if (g := p.grad) is not None])
+            return int(outcome)
         return self._step_in_parts(groups, state, c)
 
-    def _has_foreign_grads(self) -> bool:
-        pairs = ((p, p.grad) for p in self._kernel_params)
-        return any((g is not None and not same_strides(p, g)) or _is_negated(g) for p, g in pairs)
-
     def _step_in_parts(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
+        if self._seen is not None and self._seen != self._fingerprint(groups, state):
+            return STALE
+        if not self.serves_sparse and any(_is_sparse(p.grad) for p in (*self._kernel_params, *self.outside)):
+            return STALE
         grads = [_grad_like(p) for p in self._kernel_params]
         if self._native is not None and not self._native.gather(groups, state, grads):
             return STALE
@@ -266,13 +286,23 @@ def _local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _is_negated(grad: Tensor | None) -> bool:
-    return grad is not None and grad.is_neg()
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout != torch.strided
+
+
+def _is_foreign(param: Tensor) -> bool:
+    """Whether the gradient cannot be read as an array of its parameter's layout."""
+    grad = param.grad
+    return grad is not None and (_is_sparse(grad) or grad.is_neg() or not same_strides(param, grad))
 
 
 def _local_grad(param: Tensor) -> Tensor | None:
     grad = param.grad
-    return None if grad is None else _local(grad).resolve_conj().resolve_neg()
+    if grad is None:
+        return None
+    if _is_sparse(grad):
+        grad = grad.to_dense()
+    return _local(grad).resolve_conj().resolve_neg()
 
 
 def _grad_like(param: Tensor) -> Tensor | None:

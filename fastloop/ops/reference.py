@@ -37,12 +37,15 @@ def adam(p: Tensor, g: Tensor, s: Sequence[Tensor], h: Hyper, t: int) -> tuple[T
 
 
 def sgd(p: Tensor, g: Tensor, s: Sequence[Tensor], h: Hyper, t: int) -> tuple[Tensor, list[Tensor]]:
-    """SGD, see csrc/rules/sgd.h for the formula. State, with momentum: the momentum buffer."""
+    """SGD, see csrc/rules/sgd.h for the formula. State, with momentum: the momentum buffer.
+
+    The first buffer is no function of the gradient to autograd: so in torch, and differentiable=True means as there.
+    """
     if not _is_zero(h["weight_decay"]):
         g = g + h["weight_decay"] * p
     states = []
     if s:
-        buffer = g if t == 1 else h["momentum"] * s[0] + (1 - h["dampening"]) * g
+        buffer = g.detach() if t == 1 else h["momentum"] * s[0] + (1 - h["dampening"]) * g
         g = g + h["momentum"] * buffer if h["nesterov"] else buffer
         states.append(buffer)
     return p - h["lr"] * g, states
@@ -90,12 +93,13 @@ def update(
 ) -> None:
     """One parameter's step, in place: the reading of csrc/cpu/loops.h."""
     dtype = compute_dtype(param.dtype)
+    copy = torch.is_grad_enabled()  # a graph keeps what it read; the storage is overwritten below
     p_storage, s_storage = as_real(param), [as_real(s) for s in states]
-    p = (p_storage if master is None else as_real(master)).to(dtype)
+    p = (p_storage if master is None else as_real(master)).to(dtype, copy=copy)
     g = as_real(grad).to(dtype) * grad_factor
     if clip_value is not None:
         g = g.clamp(-clip_value, clip_value)
-    p, new_states = RULES[rule](p, g, [s.to(dtype) for s in s_storage], hyper, t)
+    p, new_states = RULES[rule](p, g, [s.to(dtype, copy=copy) for s in s_storage], hyper, t)
     for storage, new in zip(s_storage, new_states, strict=True):
         storage.copy_(new)
     if master is not None:

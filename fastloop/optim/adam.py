@@ -157,7 +157,7 @@ def check_adam(
     for beta in betas:
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"[{where}] Tensor betas must be 1-element, got shape {tuple(beta.shape)}")
-    if not all(0.0 <= float(b) < 1.0 for b in betas):
+    if not all(0.0 <= _number(b) < 1.0 for b in betas):
         raise ValueError(f"[{where}] betas must lie in [0, 1), got {betas!r}; pass e.g. (0.9, 0.999)")
     if torch_options["foreach"] and not torch_options["capturable"]:
         for name, value in (("lr", lr), *(("betas", b) for b in betas)):
@@ -166,6 +166,10 @@ def check_adam(
                     f"[{where}] {name} as a Tensor is not supported for capturable=False and foreach=True, as in "
                     "torch; drop foreach"
                 )
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _squeezed(beta: float | Tensor) -> float | Tensor:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +72,7 @@ class FusedOptimizer(Optimizer):
 
     # Defaults of everything private: pickle and deepcopy keep only defaults, state and param_groups.
     _plan: StepPlan | None = None
+    _steps_done: Mapping[int, int] = MappingProxyType({})  # by id of the parameter, from plans that were dropped
     _controls: Controls | None = None
     _norm: float | None = None
     _found_inf: bool = False
@@ -228,7 +230,7 @@ class FusedOptimizer(Optimizer):
         """Drop addresses; the counts of steps that no tensor of the state publishes stay."""
         plan = self.__dict__.get("_plan")
         if plan is not None:
-            self._steps_done = {**getattr(self, "_steps_done", {}), **plan.steps_done()}
+            self._steps_done = {**self._steps_done, **plan.steps_done()}
         self._plan = None
         self._master_versions = None
 
@@ -250,14 +252,31 @@ class FusedOptimizer(Optimizer):
                     grad = None
                 if grad is not None:
                     checks.check_grad(where, p, grad)
+                if not (p.is_floating_point() or p.is_complex()):
+                    raise RuntimeError(f"[{where}] parameters must be floating-point or complex, got dtype {p.dtype}")
                 if backend == "cpu":
                     check_served_by_cpu(where, p, bool(group["differentiable"]))
+                self._check_state(p, self._state_names(group))
                 stepped.append((index, group, p))
         slots = [self._slots(index, group, p) for index, group, p in stepped]
-        plan = StepPlan(self._hyper, self._structure, self.defaults.get("norm_group"))
+        plan = StepPlan(self._hyper, self._structure, self._serves_sparse, self.defaults.get("norm_group"))
         plan.build(self.param_groups, self.state, slots, backend)
         self._plan = plan
         self._sync_masters()
+
+    def _check_state(self, p: Tensor, names: tuple[str, ...]) -> None:
+        """Raise if a state that was loaded or replaced does not fit its parameter."""
+        for name in (*names, "master_param", "ema"):
+            value = self.state.get(p, {}).get(name)
+            if value is None:
+                continue
+            shape = as_real(p).shape if name == "ema" else p.shape
+            if not isinstance(value, Tensor) or value.shape != shape or value.device != p.device:
+                found = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+                raise RuntimeError(
+                    f"[{type(self).__name__}] state {name!r} must have its parameter's shape {tuple(shape)} and device "
+                    f"{p.device}, got {found}"
+                )
 
     def _slots(self, index: int, group: dict[str, Any], p: Tensor) -> Slots:
         """The parameter's state, made where it is missing."""
@@ -272,7 +291,7 @@ class FusedOptimizer(Optimizer):
             done = int(state["step"])
         else:
             done = int(bool(names) and state.get(names[0]) is not None)
-        done = getattr(self, "_steps_done", {}).get(id(p), done)
+        done = self._steps_done.get(id(p), done)
         for name in names:
             if state.get(name) is None:
                 state[name] = zeros_like(p, self._dtype_of_states(p))
@@ -446,7 +465,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_plan()
-        self._steps_done: dict[int, int] = {}
+        self._steps_done = {}
         super().__setstate__(state)
         for group in self.param_groups:
             for key in OUR_KEYS:

@@ -227,7 +227,7 @@ def test_training_agrees_and_finds_a_wrong_optimizer(monkeypatch: pytest.MonkeyP
 def test_a_wrong_training_exits_with_3(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = training.train
 
-    def train(progress: Any = None) -> dict[str, Any]:
+    def train(**options: Any) -> dict[str, Any]:
         return short(steps=8)
 
     monkeypatch.setattr(training, "train", train)

@@ -109,6 +109,12 @@ def test_report_says_what_is_wrong_or_missing() -> None:
     assert run.wrong
 
 
+def test_a_void_run_judges_no_goal() -> None:
+    text = text_of(made_up_run(made_up_row(ratio=1.1), control=0.9))
+    assert "1.6x (void)" in text
+    assert "MISSED" not in text
+
+
 def test_markdown_has_a_table_and_the_plots() -> None:
     text = report.markdown(made_up_run(made_up_row()), ["ratios.png"])
     assert "| mlp | torch-fused | 2x |" in text
