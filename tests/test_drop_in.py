@@ -456,6 +456,7 @@ def test_zero_grad(name, backend):
 @every_optimizer
 def test_differentiable_through_the_step(name, choice):
     """d loss(p after the step) / d p, lr, weight_decay as through torch's own."""
+    torch.set_default_dtype(torch.float64)  # torch computes bias corrections in the dtype of its step counter
 
     def outer_gradients(build):
         torch.manual_seed(0)

@@ -175,7 +175,11 @@ class Rounded:
         """The absolute bound once the value lies in a tensor of `dtype`."""
         if unit_roundoff(dtype) <= self.rounding.unit:
             return np.broadcast_to(self.error, self.value.shape)
-        return self.error + ulp(np.maximum(np.abs(self.low), np.abs(self.high)), dtype) / 2
+        size = np.maximum(np.abs(self.low), np.abs(self.high))
+        error = self.error + ulp(size, dtype) / 2
+        if unit_roundoff(dtype) > unit_roundoff(torch.float32) > self.rounding.unit:
+            error = error + ulp(size, torch.float32) / 2  # float64 becomes 16 bits by way of float32, as in torch
+        return error
 
 
 def norm_bound(count: int, registers: torch.dtype) -> float:

@@ -261,6 +261,9 @@ class StepPlan:
                     p.grad.zero_()
 
 
+_NO_SETTINGS = ("params", "param_names", "skipped_steps")
+
+
 def _hyper_values(group: Group, differentiable: bool) -> Mapping[str, Any]:
     """The group's settings; tensors become numbers unless they are to be differentiated."""
     if differentiable:
@@ -271,7 +274,7 @@ def _hyper_values(group: Group, differentiable: bool) -> Mapping[str, Any]:
             return value.item()
         return tuple(map(number, value)) if isinstance(value, (tuple, list)) else value
 
-    return {key: number(value) for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: number(value) for key, value in group.items() if key not in _NO_SETTINGS}
 
 
 # ---- DTensor: kernels work on the local shards

@@ -154,13 +154,16 @@ def check_adam(
     tensors = [isinstance(b, Tensor) for b in betas]
     if tensors[0] != tensors[1]:
         raise ValueError(f"[{where}] betas must be either both floats or both Tensors, got {betas!r}")
-    for beta in betas:
+    for index, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"[{where}] Tensor betas must be 1-element, got shape {tuple(beta.shape)}")
-    if not all(0.0 <= _number(b) < 1.0 for b in betas):
-        raise ValueError(f"[{where}] betas must lie in [0, 1), got {betas!r}; pass e.g. (0.9, 0.999)")
+            raise ValueError(f"[{where}] Tensor betas[{index}] must be 1-element, got shape {tuple(beta.shape)}")
+        if not 0.0 <= _number(beta) < 1.0:
+            raise ValueError(
+                f"[{where}] Invalid beta parameter at index {index}: {_number(beta)}; betas must lie in [0, 1), "
+                f"got {betas!r}; pass e.g. (0.9, 0.999)"
+            )
     if torch_options["foreach"] and not torch_options["capturable"]:
-        for name, value in (("lr", lr), *(("betas", b) for b in betas)):
+        for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
             if isinstance(value, Tensor):
                 raise ValueError(
                     f"[{where}] {name} as a Tensor is not supported for capturable=False and foreach=True, as in "

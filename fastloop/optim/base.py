@@ -24,6 +24,8 @@ from fastloop.ops.reference import as_real, compute_dtype
 OUR_KEYS = ("max_grad_norm", "max_grad_value", "ema_decay")
 # Settings of the whole optimizer: in `defaults`, where pickle and deepcopy keep them, but not in the groups.
 WHOLE_KEYS = ("error_if_nonfinite", "norm_group", "state_dtype", "master_weights", "zero_grads", "backend")
+# How torch's errors call a hyperparameter; code and tests search for its words.
+TORCH_WORDS = {"lr": "learning rate", "eps": "epsilon value"}
 HUGE_PAGE_BYTES = 4 * 2**20  # two huge pages: below that a state gains nothing from them
 
 
@@ -252,6 +254,11 @@ class FusedOptimizer(Optimizer):
                     grad = None
                 if grad is not None:
                     checks.check_grad(where, p, grad)
+                if p.is_meta and group["fused"]:
+                    raise RuntimeError(
+                        f"[{where}] `fused=True` requires all the params to be floating point Tensors of supported "
+                        f"devices, got {p.dtype} on the meta device; materialize the model first"
+                    )
                 if not (p.is_floating_point() or p.is_complex()):
                     raise RuntimeError(f"[{where}] parameters must be floating-point or complex, got dtype {p.dtype}")
                 if backend == "cpu":
@@ -280,7 +287,7 @@ class FusedOptimizer(Optimizer):
 
     def _slots(self, index: int, group: dict[str, Any], p: Tensor) -> Slots:
         """The parameter's state, made where it is missing."""
-        state = self.state[p]
+        state = self.state.get(p, {})  # entered below: as in torch, a parameter without states has no entry
         names = self._state_names(group)
         done = 0
         if self._counts_steps:
@@ -307,6 +314,8 @@ class FusedOptimizer(Optimizer):
                 start = state.get("master_param", p).detach()
                 state["ema"] = as_real(start).to(copies).clone(memory_format=torch.preserve_format)
             state["ema"] = laid_out_as(state["ema"], as_real(p.detach()))
+        if state:
+            self.state[p] = state
         master = state.get("master_param") if self.defaults.get("master_weights") else None
         return Slots(
             param=p,
@@ -375,7 +384,7 @@ class FusedOptimizer(Optimizer):
         group = self.param_groups[0]
         count = group.get("skipped_steps")
         if not isinstance(count, Tensor):
-            device = next((p.device for p in group["params"]), torch.device("cpu"))
+            device = next((p.device for p in group["params"] if not p.is_meta), torch.device("cpu"))
             count = group["skipped_steps"] = torch.tensor(int(count or 0), dtype=torch.int64, device=device)
         return count
 
@@ -595,7 +604,8 @@ def check_number(where: str, name: str, value: Any, low: float, high: float | No
         raise TypeError(f"[{where}] {name} must be a number, got {value!r}; pass e.g. {hint}")
     if not value >= low or (high is not None and not value < high) or math.isinf(value):
         bounds = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g})"
-        raise ValueError(f"[{where}] {name} must be {bounds}, got {value!r}; pass e.g. {hint}")
+        as_torch = TORCH_WORDS.get(name, f"{name} value")
+        raise ValueError(f"[{where}] Invalid {as_torch}: {value!r}; {name} must be {bounds}, pass e.g. {hint}")
 
 
 def scalar_dtype() -> torch.dtype:

@@ -65,7 +65,7 @@ class SGD(FusedOptimizer):
         check_number(where, "weight_decay", weight_decay, 0.0, None, "1e-4")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
-                f"[{where}] nesterov requires a momentum and zero dampening, got momentum={momentum!r}, "
+                f"[{where}] Nesterov momentum requires a momentum and zero dampening, got momentum={momentum!r}, "
                 f"dampening={dampening!r}; pass e.g. momentum=0.9, dampening=0"
             )
         defaults = {
