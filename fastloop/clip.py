@@ -49,8 +49,8 @@ def get_total_norm(
     total = _total_norm(listed, norm_type)
     if error_if_nonfinite and not math.isfinite(float(total)):
         raise RuntimeError(
-            f"[get_total_norm] The total norm of order {norm_type} is non-finite ({float(total)}), so it cannot be "
-            "clipped; pass error_if_nonfinite=False to go on all the same"
+            f"[get_total_norm] The total norm of order {norm_type} for gradients is non-finite ({float(total)}), so it "
+            "cannot be clipped; pass error_if_nonfinite=False to go on all the same"
         )
     return total
 

@@ -56,7 +56,8 @@ def bits(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
         return None
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    plain = tensor.detach().contiguous().reshape(-1)
+    # new memory: a dimension of one element may have any stride, even in a contiguous tensor
+    plain = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
     return tensor.dtype, tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes()
 
 

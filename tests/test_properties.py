@@ -18,7 +18,7 @@ import fastloop
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-thorough = settings(quick, max_examples=3000)
+thorough = settings(quick, max_examples=1500)
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.integers(0, 3000).map(lambda n: (n,))
 unit = st.floats(0, 0.9999)

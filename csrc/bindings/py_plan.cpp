@@ -101,7 +101,7 @@ bool PyPlan::add(Entry entry) {
       throw py::value_error("fastloop plan: a state's shape, strides or device differ from its parameter's");
     }
     p.slot[static_cast<std::size_t>(slot)] = view.data;
-    bound.held.push_back({tensor.ptr(), slot, view.dtype});
+    bound.held.push_back({tensor.ptr(), slot, view.dtype, {}});
     return view.dtype;
   };
 
@@ -109,7 +109,7 @@ bool PyPlan::add(Entry entry) {
   p.slot[kParam] = view.data;
   p.count = bound.layout.count();
   p.storage.param = view.dtype;
-  bound.held.push_back({entry.tensor.ptr(), kParam, view.dtype});
+  bound.held.push_back({entry.tensor.ptr(), kParam, view.dtype, {}});
 
   p.storage.state = view.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
   for (std::size_t k = 0; k < entry.states.size(); ++k) {
@@ -265,17 +265,40 @@ bool PyPlan::groups_hold(const py::list& groups) {
   return true;
 }
 
+// A thousand tensors are ten thousand cache lines, scattered, each found through the one before. What the last step saw
+// tells the caches early: 1.5 ms become 0.9 after something else has used them (bench: 1000x1024).
+void PyPlan::prefetch_grad(std::size_t i) const {
+  if (i + 8 < bound_.size()) {
+    bound_[i + 8].held[0].seen.prefetch_object();
+    bound_[i + 8].grad_seen.prefetch_object();
+  }
+  if (i + 4 < bound_.size()) {
+    bound_[i + 4].held[0].seen.prefetch_tensor();
+    bound_[i + 4].grad_seen.prefetch_tensor();
+  }
+}
+
+void PyPlan::prefetch_tensors(std::size_t i) const {
+  if (i + 6 < bound_.size()) {
+    for (const Bound::Held& held : bound_[i + 6].held) held.seen.prefetch_object();
+  }
+  if (i + 3 < bound_.size()) {
+    for (const Bound::Held& held : bound_[i + 3].held) held.seen.prefetch_tensor();
+  }
+}
+
 bool PyPlan::grads_hold(const py::object& grads) {
   const TensorReader& reader = tensor_reader();
   const bool given = !grads.is_none();
   for (std::size_t i = 0; i < bound_.size(); ++i) {
-    const Bound& b = bound_[i];
+    Bound& b = bound_[i];
     Parameter& p = plan_.parameters()[i];
+    prefetch_grad(i);
     PyObject* grad = given ? new_reference(PyList_GET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i)))
                            : reader.grad(b.entry.owner.ptr());
     if (grad == nullptr) return PyErr_Clear(), false;
     p.active = grad != Py_None;
-    const bool holds = !p.active || (reader.read_matching(grad, b.layout, b.grad_dtype, &p.slot[kGrad]) &&
+    const bool holds = !p.active || (reader.read_matching(grad, b.layout, b.grad_dtype, &p.slot[kGrad], &b.grad_seen) &&
                                      (p.slot[kGrad] != nullptr || p.count == 0));
     Py_DECREF(grad);
     if (!holds) return false;
@@ -290,9 +313,10 @@ bool PyPlan::tensors_hold() const {
     const Bound& b = bound_[i];
     const Parameter& p = plan_.parameters()[i];
     if (!p.active) continue;
+    prefetch_tensors(i);
     for (const Bound::Held& held : b.held) {
       void* data = nullptr;
-      if (!reader.read_matching(held.tensor, b.layout, held.dtype, &data)) return false;
+      if (!reader.read_matching(held.tensor, b.layout, held.dtype, &data, &held.seen)) return false;
       if (data != p.slot[static_cast<std::size_t>(held.slot)]) return false;
     }
   }

@@ -64,9 +64,11 @@ class PyPlan {
       PyObject* tensor;
       int slot;
       DType dtype;
+      mutable Whereabouts seen;
     };
     std::vector<Held> held;  // all but the gradient, in slots
     DType grad_dtype = DType::kUnsupported;
+    Whereabouts grad_seen;
   };
   struct Group {
     std::vector<std::pair<PyObject*, int>> params;  // and the index of its entry, or one of:
@@ -84,6 +86,8 @@ class PyPlan {
   bool state_holds(const pybind11::dict& state) const;
   bool grads_hold(const pybind11::object& grads);
   bool tensors_hold() const;
+  void prefetch_grad(std::size_t i) const;
+  void prefetch_tensors(std::size_t i) const;
   void count_versions() const;
 
   Plan plan_;

@@ -113,7 +113,9 @@ bool TensorReader::read(PyObject* tensor, TensorView* view, Layout* layout) cons
   return t.data != nullptr || layout->count() == 0;
 }
 
-bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data) const {
+bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data,
+                                 Whereabouts* seen) const {
+  seen->object = tensor;
   if (api_ == nullptr) {
     TensorView view;
     Layout found;
@@ -127,6 +129,7 @@ bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType d
     PyErr_Clear();
     return false;
   }
+  seen->shape = t.shape;
   *data = static_cast<unsigned char*>(t.data) + t.byte_offset;
   return t.device.type == dlpack::kCpu && dtype_of(t.dtype) == dtype && layout_matches(t, layout) &&
          !(layout.single && is_negative_view(tensor));

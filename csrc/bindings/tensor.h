@@ -54,6 +54,18 @@ struct Layout {
   std::int64_t count() const;
 };
 
+// Where a tensor's object and its shape were when they were last read: a hint for the caches, and never more than that.
+struct Whereabouts {
+  const void* object = nullptr;
+  const void* shape = nullptr;  // torch keeps it inside the tensor's own block, beside what else a read touches
+
+  void prefetch_object() const { __builtin_prefetch(object); }
+  void prefetch_tensor() const {
+    const auto* middle = static_cast<const unsigned char*>(shape);
+    for (int line = -1; line <= 2; ++line) __builtin_prefetch(middle + 64 * line);
+  }
+};
+
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kUnsupported;
@@ -72,7 +84,7 @@ class TensorReader {
   // Address, and whether shape and strides are still `layout`. False if anything is not as expected.
   // DLPack shows a lazily negated view with the raw data. Such views stride over the real or imaginary parts of complex
   // numbers and so have another layout, unless they have one element: only there is the flag asked for (100 ns).
-  bool read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data) const;
+  bool read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data, Whereabouts* seen) const;
 
   // A new reference to tensor.grad, or null with a Python error set.
   PyObject* grad(PyObject* tensor) const;
