@@ -45,8 +45,10 @@ class GradScaler(torch.amp.GradScaler):
         self._check_scale_growth_tracker("step")
         if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             raise AssertionError("No inf checks were recorded for this optimizer.")
-        with optimizer.scaled_by(self._scale):
-            result = optimizer.step(*args, **kwargs)
-        state["found_inf_per_device"] = {self._scale.device: optimizer.found_inf_of_last_step(self._scale.device)}
-        state["stage"] = OptState.STEPPED
-        return result
+        try:
+            with optimizer.scaled_by(self._scale):
+                return optimizer.step(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:  # error_if_nonfinite raises, and the scale has to go down all the same
+            device = self._scale.device
+            state["found_inf_per_device"] = {device: optimizer.found_inf_of_last_step(device)}
+            state["stage"] = OptState.STEPPED

@@ -75,12 +75,13 @@ def clip_grads_with_norm_(
         return
     total = _full(total_norm)
     if total.device.type == "cpu":
-        _scale(grads, min_factor(float(max_norm), float(total)))
+        factor = min_factor(float(max_norm), float(total))
+        if factor != 1.0:
+            _scale(grads, factor)
         return
-    factor = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # stays on the device: no host sync
-    with torch.no_grad():
-        for grad in grads:
-            grad.mul_(factor.to(grad.device))
+    on_device = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # stays there: no host sync
+    for grad in grads:
+        grad.mul_(on_device.to(grad.device))
 
 
 @torch.no_grad()
@@ -169,10 +170,31 @@ def _total_norm(tensors: list[Tensor], p: float) -> Tensor:
             return torch.tensor(math.sqrt(total) if p == 2.0 else total, dtype=dtype, device=tensors[0].device)
     # No kernel for this: norms one by one in a dtype that does not overflow, on the first tensor's device.
     device = tensors[0].device
-    norms = [torch.linalg.vector_norm(t, p, dtype=_norm_dtype(t)).to(device) for t in tensors]
+    norms = [_norm(t, p).to(device) for t in tensors]
     if any(hasattr(n, "full_tensor") for n in norms):
         return torch.linalg.vector_norm(torch.stack(norms), p)
     return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]), p)
+
+
+def _norm(t: Tensor, p: float) -> Tensor:
+    dtype = _norm_dtype(t)
+    if p != math.inf or _is_partial(t):
+        return torch.linalg.vector_norm(t, p, dtype=dtype)
+    # The largest of nothing is 0 here; torch refuses it, and a rank may well hold nothing of a small parameter.
+    local = getattr(t, "_local_tensor", t)
+    norm = torch.linalg.vector_norm(local, p, dtype=dtype) if local.numel() else local.new_zeros((), dtype=dtype).abs()
+    if local is t:
+        return norm
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = t.device_mesh, t.placements  # type: ignore[attr-defined]
+    parts = [Partial("max") if placement.is_shard() else placement for placement in placements]
+    return DTensor.from_local(norm, mesh, parts).redistribute(placements=[Replicate()] * mesh.ndim)
+
+
+def _is_partial(t: Tensor) -> bool:
+    """Whether a DTensor's elements are yet to be summed over processes."""
+    return any(placement.is_partial() for placement in getattr(t, "placements", ()))
 
 
 def _norm_dtype(t: Tensor) -> torch.dtype:
@@ -194,6 +216,8 @@ def _scale(grads: list[Tensor], factor: float, clip_value: float = math.inf) -> 
     local = [getattr(g, "_local_tensor", g) for g in grads]
     module = native()
     served = module is not None and clip_value >= 0 and not any(map(_needs_torch_to_write, local))
+    if clip_value != math.inf and any(map(_is_partial, grads)):
+        served = False  # and torch, below, says that this cannot be done in place
     if module is not None and served and module.scale(local, factor, clip_value):
         torch.autograd.graph.increment_version(grads)
         return

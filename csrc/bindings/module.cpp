@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <optional>
@@ -67,9 +68,20 @@ std::optional<double> norm(const py::list& tensors, double p) {
   return multi_norm(k, kind, *arrays);
 }
 
+// A tensor that is listed twice is scaled twice, one after the other: not something for threads.
+bool overlap(std::vector<Array> arrays) {
+  std::sort(arrays.begin(), arrays.end(), [](const Array& a, const Array& b) { return a.data < b.data; });
+  for (std::size_t i = 1; i < arrays.size(); ++i) {
+    const Array& before = arrays[i - 1];
+    const auto* end = static_cast<const unsigned char*>(before.data) + before.count * size_of(before.dtype);
+    if (static_cast<const unsigned char*>(arrays[i].data) < end) return true;
+  }
+  return false;
+}
+
 bool scale(const py::list& tensors, double factor, double clip_value) {
   const auto arrays = arrays_of(tensors);
-  if (!arrays) return false;
+  if (!arrays || overlap(*arrays)) return false;
   const Kernels& k = kernels();
   py::gil_scoped_release release;
   multi_scale(k, *arrays, factor, clip_value);
@@ -164,7 +176,7 @@ PYBIND11_MODULE(_native, m) {
         "p = 2: the sum of squares; p = 1, inf: the norm. None if a tensor is not a dense CPU array.");
   m.def("scale", &scale, py::arg("tensors"), py::arg("factor"),
         py::arg("clip_value") = std::numeric_limits<double>::infinity(),
-        "tensor = clamp(tensor * factor) in place. False, nothing done, if a tensor is not a dense CPU array.");
+        "tensor = clamp(tensor * factor) in place. False, nothing done, if a tensor is not a dense CPU array or two overlap.");
   m.def("stream", &stream_pointers, py::arg("read_ptrs"), py::arg("write_ptrs"), py::arg("count"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 
@@ -181,7 +193,6 @@ PYBIND11_MODULE(_native, m) {
       .def("finish", &PyPlan::finish, py::arg("groups"), py::arg("state"), py::arg("elsewhere"))
       .def("step", &PyPlan::step)
       .def("gather", &PyPlan::gather)
-      .def("norm", &PyPlan::norm)
       .def("update", &PyPlan::update)
       .def("steps_done", &PyPlan::steps_done);
 }

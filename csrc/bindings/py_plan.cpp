@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <stdexcept>
 #include <unordered_map>
@@ -55,6 +56,12 @@ bool optional_number(PyObject* group, PyObject* key, double absent, double* out)
     return true;
   }
   return to_double(value, out);
+}
+
+bool has_value(PyObject* group, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(group, key);
+  if (value == nullptr) PyErr_Clear();
+  return value != nullptr && value != Py_None;
 }
 
 bool is_true(PyObject* group, PyObject* key) {
@@ -162,6 +169,7 @@ void PyPlan::finish(const py::list& groups, const py::dict& state, const py::lis
   for (py::handle group : groups) {
     Group expected;
     for (const py::str& key : structure_) expected.structure.push_back(is_true(group.ptr(), key.ptr()));
+    expected.has_ema = has_value(group.ptr(), names().ema_decay);
     for (py::handle param : py::reinterpret_borrow<py::dict>(group)[py::handle(names().params)]) {
       const auto found = entry_of.find(param.ptr());
       const int index = found == entry_of.end() ? kNoGrad : found->second;
@@ -208,20 +216,18 @@ bool PyPlan::read_row(PyObject* group, Row* row) {
       PyErr_Clear();
       return false;
     }
+    py::object item;
     if (hyper_[k].index >= 0) {
-      const bool tuple = PyTuple_CheckExact(value), list = PyList_CheckExact(value);
-      if (!tuple && !list) return false;
-      const Py_ssize_t size = tuple ? PyTuple_GET_SIZE(value) : PyList_GET_SIZE(value);
-      if (hyper_[k].index >= size) return false;
-      value = tuple ? PyTuple_GET_ITEM(value, hyper_[k].index) : PyList_GET_ITEM(value, hyper_[k].index);
+      item = py::reinterpret_steal<py::object>(PySequence_GetItem(value, hyper_[k].index));
+      if (!item) return PyErr_Clear(), false;
+      value = item.ptr();
     }
     if (!to_double(value, &row->hyper[k])) return false;
   }
   row->maximize = is_true(group, names().maximize);
   double max_norm;
   if (!optional_number(group, names().max_grad_norm, -1.0, &max_norm)) return false;
-  PyObject* given = PyDict_GetItemWithError(group, names().max_grad_norm);
-  row->in_norm = given != nullptr && given != Py_None;
+  row->in_norm = has_value(group, names().max_grad_norm);
   if (row->in_norm) {
     if (!(max_norm > 0) || (clips_ && max_norm != max_norm_)) return false;  // Python raises with the reason
     max_norm_ = max_norm;
@@ -231,7 +237,7 @@ bool PyPlan::read_row(PyObject* group, Row* row) {
   if (!optional_number(group, names().max_grad_value, kNoLimit, &row->clip_value) || !(row->clip_value > 0)) {
     return false;
   }
-  return optional_number(group, names().ema_decay, 0.0, &row->ema_decay);
+  return optional_number(group, names().ema_decay, 0.0, &row->ema_decay) && row->ema_decay >= 0 && row->ema_decay < 1;
 }
 
 bool PyPlan::groups_hold(const py::list& groups) {
@@ -242,12 +248,15 @@ bool PyPlan::groups_hold(const py::list& groups) {
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     PyObject* group = PyList_GET_ITEM(groups.ptr(), static_cast<Py_ssize_t>(g));
     if (!PyDict_Check(group)) return false;
-    PyObject* params = PyDict_GetItemWithError(group, names().params);
+    PyObject* given = PyDict_GetItemWithError(group, names().params);
     const Group& expected = groups_[g];
-    if (params == nullptr || !PyList_CheckExact(params)) return PyErr_Clear(), false;
-    if (static_cast<std::size_t>(PyList_GET_SIZE(params)) != expected.params.size()) return false;
+    if (given == nullptr) return PyErr_Clear(), false;
+    const auto params = py::reinterpret_steal<py::object>(PySequence_Fast(given, "params must be a sequence"));
+    if (!params) return PyErr_Clear(), false;
+    if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(params.ptr())) != expected.params.size()) return false;
+    if (has_value(group, names().ema_decay) != expected.has_ema) return false;
     for (std::size_t i = 0; i < expected.params.size(); ++i) {
-      PyObject* param = PyList_GET_ITEM(params, static_cast<Py_ssize_t>(i));
+      PyObject* param = PySequence_Fast_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
       if (param != expected.params[i].first) return false;
       if (expected.params[i].second == kNoGrad) {
         PyObject* grad = reader.grad(param);
@@ -281,13 +290,16 @@ void PyPlan::prefetch_grad(std::size_t i) const {
 void PyPlan::prefetch_tensors(std::size_t i) const {
   if (i + 6 < bound_.size()) {
     for (const Bound::Held& held : bound_[i + 6].held) held.seen.prefetch_object();
+    bound_[i + 6].step_seen.prefetch_object();
   }
   if (i + 3 < bound_.size()) {
     for (const Bound::Held& held : bound_[i + 3].held) held.seen.prefetch_tensor();
+    bound_[i + 3].step_seen.prefetch_tensor();
   }
 }
 
-bool PyPlan::grads_hold(const py::object& grads) {
+// keep: hold references until the step is over, because another thread may drop a gradient once the lock is released.
+bool PyPlan::grads_hold(const py::object& grads, bool keep) {
   const TensorReader& reader = tensor_reader();
   const bool given = !grads.is_none();
   for (std::size_t i = 0; i < bound_.size(); ++i) {
@@ -300,10 +312,28 @@ bool PyPlan::grads_hold(const py::object& grads) {
     p.active = grad != Py_None;
     const bool holds = !p.active || (reader.read_matching(grad, b.layout, b.grad_dtype, &p.slot[kGrad], &b.grad_seen) &&
                                      (p.slot[kGrad] != nullptr || p.count == 0));
-    Py_DECREF(grad);
+    if (keep && holds) {
+      kept_.push_back(py::reinterpret_steal<py::object>(grad));
+    } else {
+      Py_DECREF(grad);
+    }
     if (!holds) return false;
   }
   return true;
+}
+
+// Two parameters may have been given one gradient: zeroing it with the first would starve the second.
+bool PyPlan::grads_are_shared() const {
+  std::vector<const void*> addresses;
+  for (const Parameter& p : plan_.parameters()) {
+    if (p.active && p.count > 0) addresses.push_back(p.slot[kGrad]);
+  }
+  std::sort(addresses.begin(), addresses.end());
+  return std::adjacent_find(addresses.begin(), addresses.end()) != addresses.end();
+}
+
+void PyPlan::check_not_running() const {
+  if (running_) throw std::runtime_error("step() of this optimizer is running in another thread");
 }
 
 // The addresses of parameters and states: `tensor.data = other` moves them behind the same Python object.
@@ -318,6 +348,16 @@ bool PyPlan::tensors_hold() const {
       void* data = nullptr;
       if (!reader.read_matching(held.tensor, b.layout, held.dtype, &data, &held.seen)) return false;
       if (data != p.slot[static_cast<std::size_t>(held.slot)]) return false;
+    }
+    if (p.step_address != nullptr) {
+      static const Layout scalar = [] {
+        Layout layout;
+        layout.single = false;  // a count of steps is never a negated view
+        return layout;
+      }();
+      void* data = nullptr;
+      if (!reader.read_matching(b.entry.step.ptr(), scalar, p.step_dtype, &data, &b.step_seen)) return false;
+      if (data != p.step_address) return false;
     }
   }
   return true;
@@ -339,12 +379,20 @@ void PyPlan::count_versions() const {
 }
 
 bool PyPlan::gather(const py::list& groups, const py::dict& state, const py::object& grads) {
-  return groups_hold(groups) && state_holds(state) && grads_hold(grads) && tensors_hold();
+  check_not_running();
+  kept_.clear();
+  return groups_hold(groups) && state_holds(state) && grads_hold(grads, true) && tensors_hold();
 }
 
 py::tuple PyPlan::step(const py::list& groups, const py::dict& state, double grad_scale, bool found_inf,
                        bool check_finite, bool stop_nonfinite, bool zero_grads) {
-  if (!groups_hold(groups) || !state_holds(state) || !grads_hold(py::none())) return answer(Outcome::kStale, false, 0);
+  check_not_running();
+  kept_.clear();
+  const bool releases = plan_.elements() >= kReleaseGilElements;
+  if (!groups_hold(groups) || !state_holds(state) || !grads_hold(py::none(), releases)) {
+    return answer(Outcome::kStale, false, 0);
+  }
+  const bool zero_afterwards = zero_grads && grads_are_shared();
   StepControls controls;
   controls.max_norm = max_norm_;
   controls.grad_scale = grad_scale;
@@ -352,16 +400,23 @@ py::tuple PyPlan::step(const py::list& groups, const py::dict& state, double gra
   controls.check_all = check_finite;
   controls.found_inf = found_inf;
   controls.stop_nonfinite = stop_nonfinite;
-  controls.zero_grads = zero_grads;
+  controls.zero_grads = zero_grads && !zero_afterwards;
 
   StepResult result;
-  if (plan_.elements() < kReleaseGilElements) {
+  if (!releases) {
     // Pass 1 needs the gradients alone: this thread checks the rest while the others begin.
     struct Context {
       PyPlan* plan;
       std::exception_ptr error;  // kept: nothing may be thrown out of a parallel region
     } context = {this, nullptr};
-    const Aside aside = {[](void* c) { return static_cast<Context*>(c)->plan->tensors_hold(); },
+    const Aside aside = {[](void* c) {
+                           try {
+                             return static_cast<Context*>(c)->plan->tensors_hold();
+                           } catch (...) {
+                             static_cast<Context*>(c)->error = std::current_exception();
+                             return false;
+                           }
+                         },
                          [](void* c) {
                            try {
                              static_cast<Context*>(c)->plan->count_versions();
@@ -376,20 +431,22 @@ py::tuple PyPlan::step(const py::list& groups, const py::dict& state, double gra
     if (stale) return answer(Outcome::kStale, false, 0);
   } else {
     if (!tensors_hold()) return answer(Outcome::kStale, false, 0);
+    running_ = true;
     {
       py::gil_scoped_release release;
       result = plan_.step(controls);
     }
+    running_ = false;
+    kept_.clear();
     if (!result.skipped) count_versions();
   }
-  return answer(outcome_of(result, controls), clips_, result.norm);
-}
-
-std::pair<double, bool> PyPlan::norm(bool check_all) {
-  StepControls controls;
-  controls.check_all = check_all;
-  const NormSums sums = without_gil(plan_.elements(), [&] { return plan_.norm(controls); });
-  return {sums.squares, sums.finite};
+  const Outcome outcome = outcome_of(result, controls);
+  if (zero_afterwards && outcome != Outcome::kStopped) {
+    for (const Parameter& p : plan_.parameters()) {
+      if (p.active) std::memset(p.slot[kGrad], 0, static_cast<std::size_t>(p.count * size_of(p.storage.grad)));
+    }
+  }
+  return answer(outcome, clips_, result.norm);
 }
 
 py::tuple PyPlan::update(double squares, bool finite, bool measured, double grad_scale, bool found_inf,
@@ -404,7 +461,10 @@ py::tuple PyPlan::update(double squares, bool finite, bool measured, double grad
   NormSums total;
   total.squares = squares;
   total.finite = finite;
+  running_ = true;
   const StepResult result = without_gil(plan_.elements(), [&] { return plan_.update(controls, total); });
+  running_ = false;
+  kept_.clear();
   if (!result.skipped) count_versions();
   return answer(outcome_of(result, controls), clips_ && measured, result.norm);
 }

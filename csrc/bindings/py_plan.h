@@ -47,10 +47,9 @@ class PyPlan {
   // Reads each owner's .grad and does both passes. Returns (outcome, norm or None).
   pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool found_inf, bool check_finite, bool stop_nonfinite, bool zero_grads);
 
-  // The passes apart: gather() first, then norm() -> (squares, finite), then update(). grads: one tensor or None per
+  // Pass 2 alone, for a norm that is completed elsewhere: gather() first, then update(). grads: one tensor or None per
   // entry.
   bool gather(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads);
-  std::pair<double, bool> norm(bool check_all);
   pybind11::tuple update(double squares, bool finite, bool measured, double grad_scale, bool found_inf,
                          bool stop_nonfinite, bool zero_grads);
 
@@ -69,10 +68,12 @@ class PyPlan {
     std::vector<Held> held;  // all but the gradient, in slots
     DType grad_dtype = DType::kUnsupported;
     Whereabouts grad_seen;
+    mutable Whereabouts step_seen;
   };
   struct Group {
     std::vector<std::pair<PyObject*, int>> params;  // and the index of its entry, or one of:
     std::vector<bool> structure;
+    bool has_ema = false;
   };
   static constexpr int kNoGrad = -1;     // it had no gradient when the plan was built
   static constexpr int kElsewhere = -2;  // stepped by other means
@@ -84,7 +85,9 @@ class PyPlan {
   bool groups_hold(const pybind11::list& groups);
   bool read_row(PyObject* group, Row* row);
   bool state_holds(const pybind11::dict& state) const;
-  bool grads_hold(const pybind11::object& grads);
+  bool grads_hold(const pybind11::object& grads, bool keep);
+  bool grads_are_shared() const;
+  void check_not_running() const;
   bool tensors_hold() const;
   void prefetch_grad(std::size_t i) const;
   void prefetch_tensors(std::size_t i) const;
@@ -99,6 +102,8 @@ class PyPlan {
   double max_norm_ = 0;
   bool clips_ = false;  // some group is in the norm
   pybind11::tuple owners_;
+  std::vector<pybind11::object> kept_;  // gradients in use while the interpreter lock is released
+  bool running_ = false;                // in that time
 };
 
 }  // namespace fastloop

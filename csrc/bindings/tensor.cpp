@@ -162,7 +162,7 @@ bool TensorReader::read_slowly(PyObject* tensor, TensorView* view, Layout* layou
       if (dtype.ptr() == dtypes_[i]) view->dtype = static_cast<DType>(i);
     }
     return view->data != nullptr || layout->count() == 0;
-  } catch (const py::error_already_set&) {
+  } catch (const std::exception&) {  // a Python error, or a value of another type than expected
     return false;
   }
 }

@@ -9,8 +9,9 @@ namespace fastloop {
 // OpenMP threads do not exist and a parallel region would wait for them for ever.
 int thread_count(std::int64_t elements);
 
-// A second thread costs about 2 us to wake and saves about 1 us per 4 Ki elements (bench: mlp).
-constexpr std::int64_t kMinElementsPerThread = 4096;
+// Below this a second thread saves 2 us at best, and costs milliseconds when the system has taken its core: a barrier
+// waits for it (bench: mlp, on a busy machine).
+constexpr std::int64_t kMinElementsPerThread = 16 * 1024;
 
 // Forbids parallel regions in children forked from now on.
 void watch_forks();

@@ -64,7 +64,7 @@ std::vector<std::int64_t> claim_runs(const std::vector<Chunk>& chunks) {
   std::int64_t elements = 0;
   for (std::size_t c = 0; c < chunks.size(); ++c) {
     elements += chunks[c].count;
-    if (elements >= kMinElementsPerThread) {
+    if (elements >= kRunElements) {
       runs.push_back(static_cast<std::int64_t>(c) + 1);
       elements = 0;
     }
@@ -148,8 +148,8 @@ NormSums Plan::reduce(bool check_all) const {
 // Whether to go on, and each row's multiplier of the gradient.
 StepResult Plan::decide(const StepControls& controls, NormSums total) {
   StepResult result;
-  result.finite = total.finite && std::isfinite(total.squares);
   result.norm = std::sqrt(total.squares) / std::fabs(controls.grad_scale);
+  result.finite = total.finite && (!controls.measure || std::isfinite(result.norm));
   result.skipped = controls.found_inf || (controls.measure && !result.finite);
   const double clip = controls.measure ? std::min(1.0, controls.max_norm / (result.norm + 1e-6)) : 1.0;
   for (std::size_t r = 0; r < rows_.size(); ++r) {

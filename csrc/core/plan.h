@@ -25,8 +25,9 @@ constexpr std::int64_t kChunkElements = 16 * 1024;
 // Cuts every tensor into chunks of at most kChunkElements. Sizes are numbers of elements; empty tensors get none.
 std::vector<Chunk> chunk_map(const std::vector<std::int64_t>& sizes);
 
-// Runs of chunks that a thread claims at once, so that a thousand small tensors are not a thousand atomic operations:
+// Runs of chunks of at least kRunElements in all, that a thread claims at once, so that a thousand small tensors are not a thousand atomic operations:
 // run r is chunks [runs[r], runs[r + 1]).
+constexpr std::int64_t kRunElements = 4096;  // about 2 us of work
 std::vector<std::int64_t> claim_runs(const std::vector<Chunk>& chunks);
 
 struct Parameter {

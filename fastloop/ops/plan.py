@@ -77,11 +77,11 @@ class StepPlan:
     serves_sparse: bool = False
     norm_group: Any = None
     norm: float | None = None  # of the last step, before clipping
-    last_skipped: bool = False
     _native: Any = None
     _kernel_params: list[Tensor] = field(default_factory=list)
     _outside: list[_Outside] = field(default_factory=list)
     direct: bool = True  # one native call does it all and reads .grad itself
+    _locals: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # DTensors and the shards that the plan knows
     _seen: Any = None  # what the plan was built from, where no native plan watches it
 
     # ---- building
@@ -101,10 +101,16 @@ class StepPlan:
                 elsewhere.append(s.param)
         if self._native is not None:
             self._native.finish(groups, state, elsewhere)
-        self.direct = self._native is not None and not self._outside and self.norm_group is None
-        self.direct = self.direct and all(_plain(p) and not _is_foreign(p) for p in self._kernel_params)
+        touched = [t for s in slots for t in (s.param, *s.states, s.master, s.ema, s.step) if t is not None]
+        self._locals = [(t, _local(t)) for t in touched if not _plain(t)]
+        self.direct = self._may_be_direct()
         if self._outside or self._native is None:
             self._seen = self._fingerprint(groups, state)
+
+    def _may_be_direct(self) -> bool:
+        if self._native is None or self._outside or self.norm_group is not None:
+            return False
+        return all(_plain(p) and not _is_foreign(p) for p in self._kernel_params)
 
     def _fingerprint(self, groups: list[Group], state: dict[Any, Any]) -> Any:
         """Everything whose change makes the plan stale, as the native plan checks it for its own parameters."""
@@ -114,6 +120,7 @@ class StepPlan:
                 (
                     [(id(p), p.data_ptr() if _plain(p) else 0, p.dtype, p.stride()) for p in group["params"]],
                     [bool(group.get(key)) for key in self.structure],
+                    group.get("ema_decay") is None,
                     [p.grad is None for p in group["params"] if id(p) not in planned],
                 )
                 for group in groups
@@ -168,6 +175,11 @@ class StepPlan:
         return self._step_in_parts(groups, state, c)
 
     def _step_in_parts(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
+        if self._may_be_direct():  # gradients that came in another layout do so no more
+            self.direct = True
+            return self.step(groups, state, c)
+        if any(_local(t) is not local for t, local in self._locals):
+            return STALE
         if self._seen is not None and self._seen != self._fingerprint(groups, state):
             return STALE
         if not self.serves_sparse and any(_is_sparse(p.grad) for p in (*self._kernel_params, *self.outside)):
@@ -178,19 +190,20 @@ class StepPlan:
         outside = [(o, _local_grad(o.slots.param)) for o in self._outside]
         active = [(o, g) for o, g in outside if g is not None]
         measured = c.max_norm is not None or c.check_finite
-        squares, finite = self._measure(groups, grads, active, c) if measured else (torch.zeros(()), True)
-        norm = squares.sqrt() / abs(c.grad_scale)
+        squares, finite = self._measure(groups, grads, outside, c) if measured else (torch.zeros(()), True)
+        norm = squares.sqrt() / abs(c.grad_scale) if c.grad_scale != 0 else squares * math.inf
+        finite = finite and (not measured or math.isfinite(float(norm.detach())))
         outcome = DONE
         if c.found_inf or not finite:
             outcome = STOPPED if c.stop_nonfinite and not finite else SKIPPED
-        if self._native is not None:
-            native_outcome, _ = self._native.update(
-                float(squares), finite, measured, c.grad_scale, c.found_inf, c.stop_nonfinite, c.zero_grads
-            )
-            assert native_outcome == outcome, (native_outcome, outcome)
-        if outcome == DONE:
+        if outcome == DONE:  # first what may still raise
             for o, g in active:
                 self._step_outside(o, g, groups[o.slots.group], norm, c)
+        if self._native is not None:
+            native_outcome, _ = self._native.update(
+                float(squares.detach()), finite, measured, c.grad_scale, c.found_inf, c.stop_nonfinite, False
+            )
+            assert native_outcome == outcome, (native_outcome, outcome)
         if c.zero_grads and outcome != STOPPED:
             self._zero_grads()
         self.norm = float(norm) if c.max_norm is not None else None
@@ -200,32 +213,30 @@ class StepPlan:
         self,
         groups: list[Group],
         grads: Sequence[Tensor | None],
-        outside: Sequence[tuple[_Outside, Tensor]],
+        outside: Sequence[tuple[_Outside, Tensor | None]],
         c: Controls,
     ) -> tuple[Tensor, bool]:
-        """Sum of squares of the scaled gradients in the norm, over all processes, and whether all are finite."""
+        """Sum of squares of the scaled gradients in the norm, over all processes, and whether all are finite.
+
+        Every process makes the same sums in the same order, whatever gradients it has: they end in collectives.
+        """
         group_of = {id(p): g for g in groups for p in g["params"]}
-        kinds: dict[Any, list[Tensor]] = {}
-        pairs = [(p, g) for p, g in zip(self._kernel_params, grads, strict=True) if g is not None]
+        pairs = [*zip(self._kernel_params, grads, strict=True)]
         pairs += [(o.slots.param, g) for o, g in outside]
-        excluded = []
-        for p, g in pairs:
-            if group_of[id(p)].get("max_grad_norm") is not None:
-                kinds.setdefault(_reduction(p), []).append(g)
-            else:
-                excluded.append(g)
+        sums: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
         if self.norm_group is not None:
-            kinds.setdefault(None, [])  # a process without gradients takes part in the sum all the same
-        total = torch.zeros((), dtype=torch.float64)
-        for kind, tensors in kinds.items():
-            squares = _squares(tensors)
+            sums[None] = ([], [])
+        for p, g in pairs:
+            in_norm, excluded = sums.setdefault(_reduction(p), ([], []))
+            if g is not None:
+                (in_norm if group_of[id(p)].get("max_grad_norm") is not None else excluded).append(g)
+        total, others = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for kind, (in_norm, excluded) in sums.items():
+            both = torch.stack([_squares(in_norm), _squares(excluded if c.check_finite else [])])
             for process_group in _process_groups(kind, self.norm_group):
-                torch.distributed.all_reduce(squares, group=process_group)
-            total = total + squares.cpu()
-        finite = math.isfinite(float(total))
-        if c.check_finite and finite and excluded:
-            finite = math.isfinite(float(_squares(excluded)))
-        return total, finite
+                torch.distributed.all_reduce(both, group=process_group)
+            total, others = total + both[0].cpu(), others + both[1].cpu()
+        return total, math.isfinite(float(total.detach())) and math.isfinite(float(others.detach()))
 
     def _step_outside(self, o: _Outside, grad: Tensor, group: Group, norm: Tensor, c: Controls) -> None:
         s = o.slots
@@ -305,7 +316,12 @@ def _local_grad(param: Tensor) -> Tensor | None:
         return None
     if _is_sparse(grad):
         grad = grad.to_dense()
-    return _local(grad).resolve_conj().resolve_neg()
+    if not _plain(param) and not _plain(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    local = _local(grad)
+    if hasattr(local, "wait"):  # the result of a collective that may still be under way
+        local = local.wait()
+    return local.resolve_conj().resolve_neg()
 
 
 def _grad_like(param: Tensor) -> Tensor | None:

@@ -149,7 +149,7 @@ def check_adam(
     check_number(where, "lr", lr, 0.0, None, "1e-3")
     check_number(where, "eps", eps, 0.0, None, "1e-8")
     check_number(where, "weight_decay", weight_decay, 0.0, None, "0.01")
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+    if isinstance(betas, (str, Tensor)) or not hasattr(betas, "__getitem__") or len(betas) != 2:
         raise ValueError(f"[{where}] betas must be two numbers, got {betas!r}; pass e.g. (0.9, 0.999)")
     tensors = [isinstance(b, Tensor) for b in betas]
     if tensors[0] != tensors[1]:

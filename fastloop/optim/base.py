@@ -44,7 +44,7 @@ def hooked_step(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
+        if type(self).step is wrapper and (  # else a subclass's own step, which torch has hooked, is calling this one
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or global_pre
@@ -122,10 +122,10 @@ class FusedOptimizer(Optimizer):
         ):
             self._step_slowly()
             return loss
-        if self._master_versions is not None and self._masters_moved():
-            self._sync_masters()
         if self._swapped:
             raise RuntimeError(f"[{type(self).__name__}] step() inside ema_weights(): leave the context first")
+        if self._master_versions is not None and self._masters_moved():
+            self._sync_masters()
         outcome = plan.step(self.param_groups, self.state, attributes["_controls"])
         if outcome == DONE:
             self._norm = plan.norm
@@ -168,6 +168,8 @@ class FusedOptimizer(Optimizer):
     def _after_skip(self, plan: StepPlan, outcome: int) -> None:
         self._found_inf = True
         if outcome == STOPPED:
+            for name in ("grad_scale", "found_inf"):  # torch's scaler would not come to delete them
+                self.__dict__.pop(name, None)
             raise RuntimeError(
                 f"[{type(self).__name__}] the gradients are not finite (total norm {plan.norm}) and "
                 "error_if_nonfinite=True; nothing was changed, optimizer.nonfinite_parameters() names them"
@@ -175,6 +177,17 @@ class FusedOptimizer(Optimizer):
         assert outcome == SKIPPED, outcome
         self._norm = plan.norm
         self.skipped_steps.add_(1)
+        if not self._counts_steps:
+            self._drop_unused_states(plan)
+
+    def _drop_unused_states(self, plan: StepPlan) -> None:
+        """Without a count in the state, a buffer is what says that a first step has been done."""
+        done = plan.steps_done()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if done.get(id(p)) == 0:
+                    for name in self._state_names(group):
+                        self.state[p].pop(name, None)
 
     def _current_controls(self) -> Controls:
         """Settings that hold for the whole optimizer, read and checked anew."""
@@ -182,6 +195,7 @@ class FusedOptimizer(Optimizer):
         max_norm = None
         for group in self.param_groups:
             check_group(where, group)
+            check_numbers(where, group, self._hyper)
             given = group.get("max_grad_norm")
             if given is not None:
                 if max_norm is not None and given != max_norm:
@@ -220,7 +234,7 @@ class FusedOptimizer(Optimizer):
             yield
         finally:
             self._scaler_asks = False
-            del self.grad_scale
+            self.__dict__.pop("grad_scale", None)
 
     def found_inf_of_last_step(self, device: torch.device) -> Tensor:
         """1.0 if the last step was skipped for gradients that were not finite, else 0.0."""
@@ -291,32 +305,32 @@ class FusedOptimizer(Optimizer):
         names = self._state_names(group)
         done = 0
         if self._counts_steps:
-            if "step" not in state:
-                on_device = group["capturable"] or group["fused"]
-                dtype = torch.float32 if group["fused"] else scalar_dtype()
-                state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
+            if not isinstance(state.get("step"), Tensor):
+                state["step"] = step_tensor(state.get("step", 0.0), p, group)
             done = int(state["step"])
-        else:
-            done = int(bool(names) and state.get(names[0]) is not None)
-        done = self._steps_done.get(id(p), done)
+            done = self._steps_done.get(id(p), done)
+        elif names and state.get(names[0]) is not None:
+            done = self._steps_done.get(id(p), 1)
+        copies = compute_dtype(p.dtype)
+        has_master = bool(self.defaults.get("master_weights")) and p.dtype in (torch.bfloat16, torch.float16)
         for name in names:
             if state.get(name) is None:
                 state[name] = zeros_like(p, self._dtype_of_states(p))
             else:
-                state[name] = laid_out_as(state[name], p)
-        copies = compute_dtype(p.dtype)
-        if self.defaults.get("master_weights") and p.dtype in (torch.bfloat16, torch.float16):
+                loaded = state[name].to(copies) if has_master else state[name]  # master weights mean float32 states
+                state[name] = laid_out_as(loaded, p)
+        if has_master:
             if "master_param" not in state:
                 state["master_param"] = p.detach().to(copies, memory_format=torch.preserve_format)
-            state["master_param"] = laid_out_as(state["master_param"], p)
+            state["master_param"] = laid_out_as(state["master_param"].to(copies), p)
         if group.get("ema_decay") is not None:
             if "ema" not in state:
                 start = state.get("master_param", p).detach()
                 state["ema"] = as_real(start).to(copies).clone(memory_format=torch.preserve_format)
-            state["ema"] = laid_out_as(state["ema"], as_real(p.detach()))
+            state["ema"] = laid_out_as(state["ema"].to(copies), as_real(p.detach()))
         if state:
             self.state[p] = state
-        master = state.get("master_param") if self.defaults.get("master_weights") else None
+        master = state["master_param"] if has_master else None
         return Slots(
             param=p,
             group=index,
@@ -417,8 +431,9 @@ class FusedOptimizer(Optimizer):
         """
         self._check_has_ema()
         result = {}
+        averaged = {id(p) for g in self.param_groups if g.get("ema_decay") is not None for p in g["params"]}
         for name, value in model.state_dict(keep_vars=True).items():
-            ema = self.state.get(value, {}).get("ema") if isinstance(value, Tensor) else None
+            ema = self.state.get(value, {}).get("ema") if id(value) in averaged else None
             if ema is not None:
                 result[name] = (torch.view_as_complex(ema) if value.is_complex() else ema).clone()
             else:
@@ -435,7 +450,13 @@ class FusedOptimizer(Optimizer):
         self._check_has_ema()
         if self._swapped:
             raise RuntimeError(f"[{type(self).__name__}] ema_weights() is active already")
-        averaged = [p for g in self.param_groups for p in g["params"] if "ema" in self.state.get(p, ())]
+        averaged = [
+            p
+            for g in self.param_groups
+            if g.get("ema_decay") is not None
+            for p in g["params"]
+            if "ema" in self.state.get(p, ())
+        ]
         with torch.no_grad():
             kept = [p.detach().clone() for p in averaged]
         self._swapped = True
@@ -460,7 +481,7 @@ class FusedOptimizer(Optimizer):
         where = type(self).__name__
         if isinstance(param_group, dict):
             for key in WHOLE_KEYS:
-                if key in param_group:
+                if key in param_group and param_group[key] != self.defaults[key]:  # ZeRO repeats the defaults
                     raise ValueError(
                         f"[{where}] {key} holds for the whole optimizer and not for one group; pass it to {where}()"
                     )
@@ -517,11 +538,7 @@ class FusedOptimizer(Optimizer):
     def _complete_state(self, param: Tensor, values: dict[str, Any], group: dict[str, Any]) -> None:
         """A loaded count of steps may be a plain number."""
         if self._counts_steps and values and not isinstance(values.get("step"), Tensor):
-            on_device = group.get("capturable") or group.get("fused")
-            dtype = torch.float32 if group.get("fused") else scalar_dtype()
-            values["step"] = torch.tensor(
-                float(values.get("step", 0.0)), dtype=dtype, device=param.device if on_device else "cpu"
-            )
+            values["step"] = step_tensor(values.get("step", 0.0), param, group)
 
 
 # ---- settings
@@ -577,6 +594,18 @@ def check_group(where: str, group: dict[str, Any]) -> None:
             raise ValueError(f"[{where}] ema_decay must lie in [0, 1), got {decay!r}; pass e.g. 0.999")
 
 
+def check_numbers(where: str, group: dict[str, Any], hyper: Sequence[tuple[str, int]]) -> None:
+    """Raise TypeError if a hyperparameter of a group is no number: groups are edited by schedulers and by hand."""
+    for key, index in hyper:
+        value = group[key]
+        try:
+            number = value if index < 0 else value[index]
+            float(number.detach() if isinstance(number, Tensor) else number)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            wanted = "a number" if index < 0 else "two numbers"
+            raise TypeError(f"[{where}] {key} must be {wanted}, got {value!r} in a param group") from error
+
+
 def check_served_by_cpu(where: str, p: Tensor, differentiable: bool) -> None:
     """Raise if backend="cpu" was asked for and the CPU kernels cannot serve the parameter."""
     local = _local(p)
@@ -606,6 +635,13 @@ def check_number(where: str, name: str, value: Any, low: float, high: float | No
         bounds = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g})"
         as_torch = TORCH_WORDS.get(name, f"{name} value")
         raise ValueError(f"[{where}] Invalid {as_torch}: {value!r}; {name} must be {bounds}, pass e.g. {hint}")
+
+
+def step_tensor(count: float, p: Tensor, group: dict[str, Any]) -> Tensor:
+    """torch's 0-dim count of steps, where torch keeps it."""
+    on_device = group.get("capturable") or group.get("fused")
+    dtype = torch.float32 if group.get("fused") else scalar_dtype()
+    return torch.tensor(float(count), dtype=dtype, device=p.device if on_device else "cpu")
 
 
 def scalar_dtype() -> torch.dtype:
