@@ -112,7 +112,10 @@ class CMakeBuild(build_ext):
             ) from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(build / "_native.so"), str(target))
+        # Written beside and renamed: a process that has the old module loaded keeps it, instead of crashing.
+        written = target.with_suffix(".new")
+        self.copy_file(str(build / "_native.so"), str(written))
+        written.replace(target)
 
 
 # The native kernels are written for Linux; elsewhere the package runs on the reference backend.

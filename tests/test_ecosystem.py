@@ -157,7 +157,7 @@ class TinyText(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def hugging_face_curve(folder, give):
+def hugging_face_curve(folder, optimizer_class, give):
     """The losses of a tiny GPT-2 under transformers.Trainer; `give(model)` says how the optimizer reaches it."""
     import transformers
 
@@ -173,6 +173,7 @@ def hugging_face_curve(folder, give):
     )  # fmt: skip
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=TinyText(), **give(model))
     trainer.train()
+    assert type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)) is optimizer_class
     first = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     # From the checkpoint in the middle: the optimizer's state goes through the Trainer's own file.
@@ -199,7 +200,7 @@ def test_transformers_trainer(name, way, tmp_path):
             opt = optimizer_class(model.parameters(), lr=1e-2)
             return {"optimizers": (opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)))}
 
-        return hugging_face_curve(folder, give)
+        return hugging_face_curve(folder, optimizer_class, give)
 
     torchs, ours = (curve(cls, tmp_path / cls.__module__) for cls in pair(name))
     assert_same_curve(ours, torchs)
