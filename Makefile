@@ -80,6 +80,7 @@ format: $(VENV)/.installed  ## rewrites Python and C++ sources in the project's 
 
 docs: build  ## links resolve, examples run
 	$(PY) scripts/check_docs.py
+	$(PY) scripts/readme_table.py --check
 
 # ---- Ship -------------------------------------------------------------------------------------------------------
 

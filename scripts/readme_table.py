@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the README's table from a committed result file, so that no figure is typed by hand.
 
-    python scripts/readme_table.py            rewrite the table from the newest file in benchmarks/results
-    python scripts/readme_table.py --check    fail if the README is not what that would write
+python scripts/readme_table.py            rewrite the table from the newest file in benchmarks/results
+python scripts/readme_table.py --check    fail if the README is not what that would write
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ def table(path: Path) -> str:
             continue
         ratio, goal = row["ratio"], row["goal"]
         verdict = "" if goal is None else f"{goal:g}, {'reached' if ratio['median'] >= goal else 'not reached'}"
-        lines.append(
-            f"| {row['title']} | {PEERS[row['peer']]} | {ratio['median']:.2f} | {ratio['low']:.2f} to {ratio['high']:.2f} "
-            f"| {verdict} |"
-        )
+        figures = f"{ratio['median']:.2f} | {ratio['low']:.2f} to {ratio['high']:.2f}"
+        lines.append(f"| {row['title']} | {PEERS[row['peer']]} | {figures} | {verdict} |")
     env = run["environment"]
     lines.append("")
     lines.append(
-        f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}, fastloop {env['fastloop']} at commit "
-        f"{str(env['commit'])[:12]}: [{path.name}](benchmarks/results/{path.name}), medians of paired runs."
+        f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}, fastloop {env['fastloop']} at "
+        f"commit {str(env['commit'])[:12]}: [{path.name}](benchmarks/results/{path.name}), medians of paired runs."
     )
     return "\n".join(lines) + "\n"
 

@@ -162,8 +162,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("rules", [] {
     py::dict result;
     for (int r = 0; r < rule_count(); ++r) {
-      result[rule_info(r).name] = py::dict(py::arg("states") = rule_info(r).states,
-                                           py::arg("hypers") = rule_info(r).hypers);
+      result[rule_info(r).name] =
+          py::dict(py::arg("states") = rule_info(r).states, py::arg("hypers") = rule_info(r).hypers);
     }
     return result;
   });
@@ -176,7 +176,8 @@ PYBIND11_MODULE(_native, m) {
         "p = 2: the sum of squares; p = 1, inf: the norm. None if a tensor is not a dense CPU array.");
   m.def("scale", &scale, py::arg("tensors"), py::arg("factor"),
         py::arg("clip_value") = std::numeric_limits<double>::infinity(),
-        "tensor = clamp(tensor * factor) in place. False, nothing done, if a tensor is not a dense CPU array or two overlap.");
+        "tensor = clamp(tensor * factor) in place. False, nothing done, if a tensor is not a dense CPU array or two "
+        "overlap.");
   m.def("stream", &stream_pointers, py::arg("read_ptrs"), py::arg("write_ptrs"), py::arg("count"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
 

@@ -365,8 +365,8 @@ bool PyPlan::tensors_hold() const {
 
 // Raw writes are invisible to autograd: without this a graph that saved a parameter would not notice the step.
 void PyPlan::count_versions() const {
-  const bool all = std::all_of(plan_.parameters().begin(), plan_.parameters().end(),
-                               [](const Parameter& p) { return p.active; });
+  const bool all =
+      std::all_of(plan_.parameters().begin(), plan_.parameters().end(), [](const Parameter& p) { return p.active; });
   if (all) {
     tensor_reader().increment_version(owners_);
     return;

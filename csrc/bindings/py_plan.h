@@ -41,11 +41,13 @@ class PyPlan {
 
   // False if no kernel serves the entry; its tensors must be dense and of one layout (checked, ValueError).
   bool add(Entry entry);
-  // Remembers groups and state as they are now. `elsewhere` are parameters of the groups that are stepped by other means.
+  // Remembers groups and state as they are now. `elsewhere` are parameters of the groups that are stepped by other
+  // means.
   void finish(const pybind11::list& groups, const pybind11::dict& state, const pybind11::list& elsewhere);
 
   // Reads each owner's .grad and does both passes. Returns (outcome, norm or None).
-  pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool found_inf, bool check_finite, bool stop_nonfinite, bool zero_grads);
+  pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool found_inf,
+                       bool check_finite, bool stop_nonfinite, bool zero_grads);
 
   // Pass 2 alone, for a norm that is completed elsewhere: gather() first, then update(). grads: one tensor or None per
   // entry.

@@ -121,8 +121,7 @@ bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType d
     Layout found;
     if (!read_slowly(tensor, &view, &found)) return false;
     *data = view.data;
-    return view.on_cpu && view.dtype == dtype && found.matches(layout) &&
-           !(layout.single && is_negative_view(tensor));
+    return view.on_cpu && view.dtype == dtype && found.matches(layout) && !(layout.single && is_negative_view(tensor));
   }
   dlpack::Tensor t;
   if (api_->tensor_from_object(tensor, &t) != 0) {

@@ -104,8 +104,8 @@ void Plan::prepare() {
   for (Parameter& p : parameters_) {
     if (!p.active) continue;
     p.step = read_step(p);
-    const bool shared = previous != nullptr && previous->row == p.row && previous->step == p.step &&
-                        previous->prepare == p.prepare;
+    const bool shared =
+        previous != nullptr && previous->row == p.row && previous->step == p.step && previous->prepare == p.prepare;
     if (!shared) {
       prepared_.emplace_back();
       p.prepare(rows_[static_cast<std::size_t>(p.row)].hyper.data(), p.step + 1, prepared_.back().rule);
@@ -289,7 +289,8 @@ void for_each_chunk(const Cut& work, const std::vector<Array>& arrays, F f) {
   {
     std::int64_t i;
     while (runs.next(&i)) {
-      for (std::int64_t c = work.runs[static_cast<std::size_t>(i)]; c < work.runs[static_cast<std::size_t>(i) + 1]; ++c) {
+      for (std::int64_t c = work.runs[static_cast<std::size_t>(i)]; c < work.runs[static_cast<std::size_t>(i) + 1];
+           ++c) {
         const Chunk& chunk = work.chunks[static_cast<std::size_t>(c)];
         const Array& a = arrays[static_cast<std::size_t>(chunk.tensor)];
         f(static_cast<std::size_t>(c), a, static_cast<unsigned char*>(a.data) + chunk.offset * size_of(a.dtype),

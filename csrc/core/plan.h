@@ -25,8 +25,8 @@ constexpr std::int64_t kChunkElements = 16 * 1024;
 // Cuts every tensor into chunks of at most kChunkElements. Sizes are numbers of elements; empty tensors get none.
 std::vector<Chunk> chunk_map(const std::vector<std::int64_t>& sizes);
 
-// Runs of chunks of at least kRunElements in all, that a thread claims at once, so that a thousand small tensors are not a thousand atomic operations:
-// run r is chunks [runs[r], runs[r + 1]).
+// Runs of chunks of at least kRunElements in all, that a thread claims at once, so that a thousand small tensors are
+// not a thousand atomic operations: run r is chunks [runs[r], runs[r + 1]).
 constexpr std::int64_t kRunElements = 4096;  // about 2 us of work
 std::vector<std::int64_t> claim_runs(const std::vector<Chunk>& chunks);
 
@@ -59,9 +59,9 @@ struct Row {
 struct StepControls {
   double max_norm = std::numeric_limits<double>::infinity();
   double grad_scale = 1;
-  bool measure = false;       // pass 1 is wanted
-  bool check_all = false;     // pass 1 also reads the gradients of rows outside the norm, to find what is not finite
-  bool found_inf = false;     // somebody else found it: skip
+  bool measure = false;         // pass 1 is wanted
+  bool check_all = false;       // pass 1 also reads the gradients of rows outside the norm, to find what is not finite
+  bool found_inf = false;       // somebody else found it: skip
   bool stop_nonfinite = false;  // leave everything as it is, uncounted, so that the caller can raise
   bool zero_grads = false;
 };

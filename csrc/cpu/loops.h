@@ -43,7 +43,8 @@ struct Update {
   };
 
   // Every input that reaches a bf16 output is a bf16 itself.
-  static constexpr bool kAllBF16 = std::is_same_v<P, BF16> && std::is_same_v<G, BF16> && std::is_same_v<S, BF16> && !kHasMaster;
+  static constexpr bool kAllBF16 =
+      std::is_same_v<P, BF16> && std::is_same_v<G, BF16> && std::is_same_v<S, BF16> && !kHasMaster;
 
   template <class H>
   static FASTLOOP_INLINE void put(H* to, V v) {
@@ -254,8 +255,7 @@ double stream_writes(const float* const* reads, float* const* writes, int n_writ
   }
 }
 
-inline double stream(const float* const* reads, int n_reads, float* const* writes, int n_writes,
-                     std::int64_t count) {
+inline double stream(const float* const* reads, int n_reads, float* const* writes, int n_writes, std::int64_t count) {
   switch (n_reads) {
     case 0:
       return stream_writes<0>(reads, writes, n_writes, count);

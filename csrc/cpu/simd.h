@@ -119,9 +119,7 @@ FASTLOOP_INLINE U32 round_number_to_bf16(F32 v) {
 }
 
 // The same for every NaN: made quiet, it keeps its upper half.
-FASTLOOP_INLINE U32 round_to_bf16(F32 v) {
-  return v != v ? (bit_cast<U32>(v) | 0x400000u) : round_number_to_bf16(v);
-}
+FASTLOOP_INLINE U32 round_to_bf16(F32 v) { return v != v ? (bit_cast<U32>(v) | 0x400000u) : round_number_to_bf16(v); }
 
 FASTLOOP_INLINE void store_upper_halves(BF16* to, U32 rounded) {
 #if defined(__AVX512F__)
@@ -147,17 +145,13 @@ FASTLOOP_INLINE void store(F16* to, F32 v) {
   std::memcpy(to, &bits, sizeof bits);
 }
 #elif defined(__F16C__)
-FASTLOOP_INLINE F32 load(const F16* from) {
-  return bit_cast<F32>(_mm256_cvtph_ps(load_bytes<__m128i>(from)));
-}
+FASTLOOP_INLINE F32 load(const F16* from) { return bit_cast<F32>(_mm256_cvtph_ps(load_bytes<__m128i>(from))); }
 FASTLOOP_INLINE void store(F16* to, F32 v) {
   const __m128i bits = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(to, &bits, sizeof bits);
 }
 #elif defined(__aarch64__)
-FASTLOOP_INLINE F32 load(const F16* from) {
-  return bit_cast<F32>(vcvt_f32_f16(load_bytes<float16x4_t>(from)));
-}
+FASTLOOP_INLINE F32 load(const F16* from) { return bit_cast<F32>(vcvt_f32_f16(load_bytes<float16x4_t>(from))); }
 FASTLOOP_INLINE void store(F16* to, F32 v) {
   const float16x4_t bits = vcvt_f16_f32(bit_cast<float32x4_t>(v));
   std::memcpy(to, &bits, sizeof bits);

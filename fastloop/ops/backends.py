@@ -74,7 +74,7 @@ def check_backend(where: str, backend: str) -> None:
     """
     if backend not in NAMES:
         raise ValueError(f"[{where}] backend must be one of {', '.join(NAMES)}, got {backend!r}")
-    if backend == "auto":
+    if backend in ("auto", "reference"):
         return
     status = backends()[backend]
     if not status["available"]:
