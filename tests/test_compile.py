@@ -60,7 +60,7 @@ def test_the_whole_training_step(name, backend):
     model, opt = new_model_and_optimizer(name, backend=backend)
     counter = CompileCounter()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # dynamo warns of what it cannot trace, if it tries to look into the step
+        warnings.filterwarnings("error", message="Dynamo")  # cannot trace: it looked into the step
         losses, counts = run(torch.compile(training_step(model, opt), backend=counter), counter=counter)
     expected_model, expected = new_model_and_optimizer(name, backend=backend)
     wanted, _ = run(training_step(expected_model, expected))
