@@ -106,7 +106,6 @@ FASTLOOP_INLINE U16 narrow(U32 v) {
 // Round to nearest even, in the upper half of each lane; the lower half is left over. For numbers, infinities, and NaNs
 // without a payload in the lower half: the addition would carry a payload of all ones into the sign.
 FASTLOOP_INLINE U32 round_number_to_bf16(F32 v) {
-  const U32 u = bit_cast<U32>(v);
 #if defined(__AVX512F__)
   // Two masked additions instead of shift, and, add: the three stores of a bf16 step are what bounds it (bench: bf16).
   const __m512i bits = bit_cast<__m512i>(v);
@@ -114,6 +113,7 @@ FASTLOOP_INLINE U32 round_number_to_bf16(F32 v) {
   const __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   return bit_cast<U32>(_mm512_mask_add_epi32(up, odd, bits, _mm512_set1_epi32(0x8000)));
 #else
+  const U32 u = bit_cast<U32>(v);
   return u + (0x7fffu + ((u >> 16) & 1u));
 #endif
 }
@@ -127,11 +127,11 @@ FASTLOOP_INLINE void store_upper_halves(BF16* to, U32 rounded) {
   const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17,
                                          15, 13, 11, 9, 7, 5, 3, 1);
   const __m512i halves = _mm512_maskz_permutexvar_epi16(0xffffffff, upper, bit_cast<__m512i>(rounded));
-  const __m256i bits = _mm512_castsi512_si256(halves);
+  std::memcpy(to, &halves, sizeof(U16));
 #else
   const U16 bits = narrow(rounded >> 16);
-#endif
   std::memcpy(to, &bits, sizeof bits);
+#endif
 }
 
 FASTLOOP_INLINE void store(BF16* to, F32 v) { store_upper_halves(to, round_to_bf16(v)); }
