@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloop.ops.backends import native
+from fastloop.ops.plan import local_shard
 from fastloop.ops.reference import compute_dtype
 
 Tensors = Tensor | Iterable[Tensor]
@@ -181,7 +182,7 @@ def _norm(t: Tensor, p: float) -> Tensor:
     if p != math.inf or _is_partial(t):
         return torch.linalg.vector_norm(t, p, dtype=dtype)
     # The largest of nothing is 0 here; torch refuses it, and a rank may well hold nothing of a small parameter.
-    local = getattr(t, "_local_tensor", t)
+    local = local_shard(t)
     norm = torch.linalg.vector_norm(local, p, dtype=dtype) if local.numel() else local.new_zeros((), dtype=dtype).abs()
     if local is t:
         return norm
@@ -213,7 +214,7 @@ def _needs_torch(t: Tensor) -> bool:
 
 
 def _scale(grads: list[Tensor], factor: float, clip_value: float = math.inf) -> None:
-    local = [getattr(g, "_local_tensor", g) for g in grads]
+    local = [local_shard(g) for g in grads]
     module = native()
     served = module is not None and clip_value >= 0 and not any(map(_needs_torch_to_write, local))
     if clip_value != math.inf and any(map(_is_partial, grads)):

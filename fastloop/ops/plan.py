@@ -102,7 +102,7 @@ class StepPlan:
         if self._native is not None:
             self._native.finish(groups, state, elsewhere)
         touched = [t for s in slots for t in (s.param, *s.states, s.master, s.ema, s.step) if t is not None]
-        self._locals = [(t, _local(t)) for t in touched if not _plain(t)]
+        self._locals = [(t, local_shard(t)) for t in touched if not _plain(t)]
         self.direct = self._may_be_direct()
         if self._outside or self._native is None:
             self._seen = self._fingerprint(groups, state)
@@ -129,8 +129,8 @@ class StepPlan:
         )
 
     def _add_native(self, s: Slots) -> bool:
-        local = _local(s.param)
-        tensors = [_local(t) for t in (*s.states, s.master, s.ema) if t is not None]
+        local = local_shard(s.param)
+        tensors = [local_shard(t) for t in (*s.states, s.master, s.ema) if t is not None]
         if local.device.type != "cpu" or local.dtype not in NATIVE_DTYPES or not is_dense(local):
             return False
         if local.is_neg() or not all(same_strides(local, t) for t in tensors):
@@ -140,10 +140,10 @@ class StepPlan:
                 s.param,
                 local,
                 s.rule,
-                [_local(t) for t in s.states],
-                None if s.master is None else _local(s.master),
-                None if s.ema is None else _local(s.ema),
-                None if s.step is None else _local(s.step),
+                [local_shard(t) for t in s.states],
+                None if s.master is None else local_shard(s.master),
+                None if s.ema is None else local_shard(s.ema),
+                None if s.step is None else local_shard(s.step),
                 s.steps_done,
                 s.group,
             )
@@ -178,7 +178,7 @@ class StepPlan:
         if self._may_be_direct():  # gradients that came in another layout do so no more
             self.direct = True
             return self.step(groups, state, c)
-        if any(_local(t) is not local for t, local in self._locals):
+        if any(local_shard(t) is not local for t, local in self._locals):
             return STALE
         if self._seen is not None and self._seen != self._fingerprint(groups, state):
             return STALE
@@ -250,11 +250,11 @@ class StepPlan:
         with torch.set_grad_enabled(bool(group["differentiable"])):
             reference.update(
                 s.rule,
-                _local(s.param),
+                local_shard(s.param),
                 grad,
-                [_local(x) for x in s.states],
-                None if s.master is None else _local(s.master),
-                None if s.ema is None else _local(s.ema),
+                [local_shard(x) for x in s.states],
+                None if s.master is None else local_shard(s.master),
+                None if s.ema is None else local_shard(s.ema),
                 _hyper_values(group, bool(group["differentiable"])),
                 t,
                 factor,
@@ -262,7 +262,7 @@ class StepPlan:
                 group.get("ema_decay") or 0.0,
             )
         if s.step is not None:
-            _local(s.step).fill_(t)
+            local_shard(s.step).fill_(t)
         o.steps_done = t
 
     def _zero_grads(self) -> None:
@@ -295,7 +295,7 @@ def _plain(tensor: Tensor) -> bool:
     return not hasattr(tensor, "_local_tensor")
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that this process holds; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
@@ -318,7 +318,7 @@ def _local_grad(param: Tensor) -> Tensor | None:
         grad = grad.to_dense()
     if not _plain(param) and not _plain(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    local = _local(grad)
+    local = local_shard(grad)
     if hasattr(local, "wait"):  # the result of a collective that may still be under way
         local = local.wait()
     return local.resolve_conj().resolve_neg()
@@ -327,7 +327,7 @@ def _local_grad(param: Tensor) -> Tensor | None:
 def _grad_like(param: Tensor) -> Tensor | None:
     """The gradient in its parameter's layout: itself where it has it, else a copy."""
     grad = _local_grad(param)
-    local = _local(param)
+    local = local_shard(param)
     if grad is None or same_strides(local, grad):
         return grad
     return torch.empty_strided(local.shape, local.stride(), dtype=grad.dtype, device=grad.device).copy_(grad.detach())

@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastloop.ops import backends, checks
-from fastloop.ops.plan import DONE, NATIVE_DTYPES, SKIPPED, STALE, STOPPED, Controls, Slots, StepPlan
+from fastloop.ops.plan import DONE, NATIVE_DTYPES, SKIPPED, STALE, STOPPED, Controls, Slots, StepPlan, local_shard
 from fastloop.ops.reference import as_real, compute_dtype
 
 # Keys of a group that are ours; a checkpoint of torch's has none of them.
@@ -270,7 +270,12 @@ class FusedOptimizer(Optimizer):
         backend = self.defaults.get("backend", "auto")
         checks.check_no_overlap(
             where,
-            (_local(p) for g in self.param_groups for p in g["params"] if p.layout == torch.strided and _has_memory(p)),
+            (
+                local_shard(p)
+                for g in self.param_groups
+                for p in g["params"]
+                if p.layout == torch.strided and _has_memory(p)
+            ),
         )
         # Everything is checked before the first state is made.
         stepped = []
@@ -623,7 +628,7 @@ def check_numbers(where: str, group: dict[str, Any], hyper: Sequence[tuple[str, 
 
 def check_served_by_cpu(where: str, p: Tensor, differentiable: bool) -> None:
     """Raise if backend="cpu" was asked for and the CPU kernels cannot serve the parameter."""
-    local = _local(p)
+    local = local_shard(p)
     reason = None
     if local.device.type != "cpu":
         reason = f"is on {local.device}"
@@ -680,7 +685,11 @@ def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
 
 def laid_out_as(value: Tensor, p: Tensor) -> Tensor:
     """`value` in the strides of `p`: itself, or a copy where a checkpoint saved another layout."""
-    if not checks.is_dense(_local(p)) or checks.same_strides(_local(value), _local(p)) or value.shape != p.shape:
+    if (
+        not checks.is_dense(local_shard(p))
+        or checks.same_strides(local_shard(value), local_shard(p))
+        or value.shape != p.shape
+    ):
         return value
     return torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(value)
 
@@ -690,13 +699,9 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
     getattr(optimizer, name, optimizer._cuda_graph_capture_health_check)()
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
-
-
 def _has_memory(p: Tensor) -> bool:
     try:
-        return _local(p).data_ptr() != 0
+        return local_shard(p).data_ptr() != 0
     except RuntimeError:  # fake and functional tensors have no address
         return False
 
