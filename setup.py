@@ -2,7 +2,7 @@
 """Drives CMake, and nothing else: what is compiled, and how, stands in CMakeLists.txt.
 
 FASTLOOP_NATIVE=ON|OFF      OFF installs the Python package alone, which runs on the reference backend
-FASTLOOP_CUDA=AUTO|ON|OFF   passed to CMake; see docs/installing.md
+FASTLOOP_CUDA=AUTO|ON|OFF   passed to CMake, as FASTLOOP_CUDA_ARCHITECTURES is; see docs/installing.md
 """
 
 from __future__ import annotations
@@ -76,51 +76,66 @@ def missing_tools() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds in build/native-<interpreter>, and copies the module to where it is wanted.
+    """Configures and builds in build/native-<interpreter>, and copies the modules to where they are wanted.
 
     The folder is kept, so that a second build compiles only what changed.
     """
 
-    def build_extension(self, ext: Extension) -> None:
-        missing = missing_tools()
-        if missing:
-            lines = "".join(f"\n  - {item}" for item in missing)
-            raise SystemExit(f"\n[fastloop build] the native kernels cannot be built; missing:{lines}\n{OFF_HINT}\n")
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
-        cmake = find_tool("cmake")
-        configure = [
-            cmake,
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11_cmake_dir()}",
-            f"-DFASTLOOP_CUDA={switch('FASTLOOP_CUDA', 'AUTO', ('AUTO', 'ON', 'OFF'))}",
-            f"-DFASTLOOP_WERROR={switch('FASTLOOP_WERROR', 'OFF', ('ON', 'OFF'))}",
-        ]
+    def run(self) -> None:
+        if self.extensions:
+            missing = missing_tools()
+            if missing:
+                lines = "".join(f"\n  - {item}" for item in missing)
+                raise SystemExit(
+                    f"\n[fastloop build] the native kernels cannot be built; missing:{lines}\n{OFF_HINT}\n"
+                )
+            self.build_folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+            self.configure()
+        super().run()
+
+    def cmake(self, *arguments: str) -> None:
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", str(build), "--target", "_native"], check=True)
+            subprocess.run([find_tool("cmake"), *arguments], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"\n[fastloop build] the native build failed (see above): "
                 f"{' '.join(map(str, error.cmd[:4]))} ... exited with {error.returncode}\n{OFF_HINT}\n"
             ) from None
+
+    def configure(self) -> None:
+        """Runs CMake, which knows whether there is a CUDA toolkit, and leaves out the module that it does not build."""
+        switches = {
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11_cmake_dir(),
+            "FASTLOOP_CUDA": switch("FASTLOOP_CUDA", "AUTO", ("AUTO", "ON", "OFF")),
+            "FASTLOOP_CUDA_ARCHITECTURES": os.environ.get("FASTLOOP_CUDA_ARCHITECTURES", ""),
+            "FASTLOOP_WERROR": switch("FASTLOOP_WERROR", "OFF", ("ON", "OFF")),
+        }
+        definitions = [f"-D{name}={value}" for name, value in switches.items()]
+        self.cmake("-S", str(ROOT), "-B", str(self.build_folder), "-G", "Ninja", *definitions)
+        cache = (self.build_folder / "CMakeCache.txt").read_text(encoding="utf-8")
+        if "FASTLOOP_CUDA_TARGET:INTERNAL=_cuda\n" not in cache:
+            self.extensions = [ext for ext in self.extensions if ext.name != "fastloop._cuda"]
+            if self.inplace or self.editable_mode:  # one of an earlier build would not fit the _native of this one
+                (ROOT / "fastloop" / Path(self.get_ext_filename("_cuda")).name).unlink(missing_ok=True)
+
+    def build_extensions(self) -> None:
+        self.cmake("--build", str(self.build_folder), "--target", *(ext.name.split(".")[-1] for ext in self.extensions))
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written beside and renamed: a process that has the old module loaded keeps it, instead of crashing.
         written = target.with_suffix(".new")
-        self.copy_file(str(build / "_native.so"), str(written))
+        self.copy_file(str(self.build_folder / f"{ext.name.split('.')[-1]}.so"), str(written))
         written.replace(target)
 
 
 # The native kernels are written for Linux; elsewhere the package runs on the reference backend.
 native = switch("FASTLOOP_NATIVE", "ON" if sys.platform == "linux" else "OFF", ("ON", "OFF")) == "ON"
 setup(
-    ext_modules=[Extension("fastloop._native", sources=[])] if native else [],
+    ext_modules=[Extension(f"fastloop.{name}", sources=[]) for name in ("_native", "_cuda")] if native else [],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -5,6 +5,7 @@ from fastloop._version import __version__
 from fastloop.amp import GradScaler
 from fastloop.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastloop.ops.backends import backends
+from fastloop.ops.launches import count_launches
 from fastloop.optim import SGD, Adam, AdamW
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "count_launches",
     "get_total_norm",
 ]

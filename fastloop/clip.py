@@ -81,8 +81,13 @@ def clip_grads_with_norm_(
             _scale(grads, factor)
         return
     on_device = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # stays there: no host sync
-    for grad in grads:
-        grad.mul_(on_device.to(grad.device))
+    for (device, _), same in _by_kind([local_shard(g) for g in grads]).items():
+        factor_there = on_device.to(device, non_blocking=True)
+        if all(grad.layout == torch.strided for grad in same):
+            torch._foreach_mul_(same, factor_there)
+        else:
+            for grad in same:
+                grad.mul_(factor_there)
 
 
 @torch.no_grad()
@@ -156,6 +161,13 @@ def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [g for p in parameters if (g := p.grad) is not None]
 
 
+def _by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        kinds.setdefault((t.device, t.dtype), []).append(t)
+    return kinds
+
+
 def _full(norm: Tensor) -> Tensor:
     """A DTensor norm as a plain tensor, summed over its mesh."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -169,8 +181,14 @@ def _total_norm(tensors: list[Tensor], p: float) -> Tensor:
         total = module.norm(tensors, p)
         if total is not None:
             return torch.tensor(math.sqrt(total) if p == 2.0 else total, dtype=dtype, device=tensors[0].device)
-    # No kernel for this: norms one by one in a dtype that does not overflow, on the first tensor's device.
     device = tensors[0].device
+    if device.type != "cpu" and not any(_needs_torch_on_a_device(t) for t in tensors):
+        norms = [torch.zeros((), dtype=dtype, device=device)]
+        # torch's kernels for many tensors, in a dtype that does not overflow
+        for (_, kind), same in _by_kind([t for t in tensors if t.numel() > 0]).items():
+            norms += [n.to(device, non_blocking=True) for n in torch._foreach_norm(same, p, dtype=compute_dtype(kind))]
+        return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]), p)
+    # No kernel for this: norms one by one in a dtype that does not overflow, on the first tensor's device.
     norms = [_norm(t, p).to(device) for t in tensors]
     if any(hasattr(n, "full_tensor") for n in norms):
         return torch.linalg.vector_norm(torch.stack(norms), p)
@@ -211,6 +229,10 @@ def _needs_torch(t: Tensor) -> bool:
         or t.is_complex()
         or t.is_neg()
     )
+
+
+def _needs_torch_on_a_device(t: Tensor) -> bool:
+    return hasattr(t, "_local_tensor") or t.layout != torch.strided or t.is_complex()
 
 
 def _scale(grads: list[Tensor], factor: float, clip_value: float = math.inf) -> None:

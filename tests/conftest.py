@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+# Without a GPU the device backends run on CPU tensors: Triton's kernels interpreted, CUDA's in an emulated build
+# (csrc/cuda/emulate.h). Triton reads its variable when it is imported.
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile(
     "default",
@@ -20,10 +28,33 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("debug", parent=hypothesis.settings.get_profile("default"), print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-CPU_BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "reference") if HAS_GPU else ("cpu", "reference", "cuda", "triton")
+EMULATED = Path(__file__).resolve().parent.parent / "build" / "emulated" / "_cuda.so"
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_cuda() -> None:
+    """backend="cuda" on CPU tensors, where `make test` has built the emulation."""
+    from fastloop.ops import cuda
+
+    if not HAS_GPU and EMULATED.exists():
+        spec = importlib.util.spec_from_file_location("_cuda", EMULATED)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cuda.emulate(module)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted kernels take tenths of a second a step: all that runs on every backend is slow there.
+
+    tests/test_triton.py and tests/test_device.py run them in every test run.
+    """
+    for item in items:
+        if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that serves CPU tensors; skipped, with its reason, where it is missing."""
     import fastloop

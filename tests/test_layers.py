@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_FLOORS = {
     "_version": 0,
     "_native": 0,
+    "_cuda": 0,
     "triton_kernels": 0,
     "ops": 1,
     "optim": 2,

@@ -53,7 +53,7 @@ std::optional<std::vector<Array>> arrays_of(const py::list& tensors) {
   Layout layout;
   for (py::handle tensor : tensors) {
     if (!reader.read(tensor.ptr(), &view, &layout)) return std::nullopt;
-    if (!view.on_cpu || view.dtype == DType::kUnsupported || !layout.is_dense()) return std::nullopt;
+    if (!view.on_cpu() || view.dtype == DType::kUnsupported || !layout.is_dense()) return std::nullopt;
     arrays.push_back({view.data, layout.count(), view.dtype});
   }
   return arrays;
@@ -114,7 +114,7 @@ void advise_huge_pages(std::uintptr_t address, std::int64_t bytes) {
 }
 
 bool add_entry(PyPlan& plan, py::object owner, py::object tensor, const std::string& rule, const py::list& states,
-               py::object master, py::object ema, py::object step, std::int64_t steps_done, int row) {
+               py::object master, py::object ema, py::object step, std::int64_t steps_done, int row, py::object count) {
   Entry entry;
   entry.owner = std::move(owner);
   entry.tensor = std::move(tensor);
@@ -123,6 +123,7 @@ bool add_entry(PyPlan& plan, py::object owner, py::object tensor, const std::str
   entry.ema = std::move(ema);
   entry.step = std::move(step);
   entry.steps_done = steps_done;
+  entry.count = std::move(count);
   entry.rule = rule_index(rule);
   entry.row = row;
   if (static_cast<int>(entry.states.size()) != rule_info(entry.rule).states) {
@@ -132,7 +133,8 @@ bool add_entry(PyPlan& plan, py::object owner, py::object tensor, const std::str
   return plan.add(std::move(entry));
 }
 
-std::unique_ptr<PyPlan> make_plan(const py::list& hyper, const py::list& structure) {
+std::unique_ptr<PyPlan> make_plan(const py::list& hyper, const py::list& structure,
+                                  std::optional<std::pair<int, int>> device) {
   std::vector<HyperKey> keys;
   for (py::handle item : hyper) {
     const py::tuple pair = item.cast<py::tuple>();
@@ -140,7 +142,8 @@ std::unique_ptr<PyPlan> make_plan(const py::list& hyper, const py::list& structu
   }
   std::vector<py::str> flags;
   for (py::handle item : structure) flags.push_back(item.cast<py::str>());
-  return std::make_unique<PyPlan>(kernels(), std::move(keys), std::move(flags));
+  const dlpack::Device place = device ? dlpack::Device{device->first, device->second} : kCpuDevice;
+  return std::make_unique<PyPlan>(kernels(), std::move(keys), std::move(flags), place, device.has_value());
 }
 
 }  // namespace
@@ -188,12 +191,41 @@ PYBIND11_MODULE(_native, m) {
       .value("STALE", Outcome::kStale);
 
   py::class_<PyPlan>(m, "Plan")
-      .def(py::init(&make_plan), py::arg("hyper"), py::arg("structure"))
+      .def(py::init(&make_plan), py::arg("hyper"), py::arg("structure"), py::arg("device") = std::nullopt,
+           "device: DLPack's (type, index) of a device whose kernels read a table; none to step on the CPU.")
       .def("add", &add_entry, py::arg("owner"), py::arg("tensor"), py::arg("rule"), py::arg("states"),
-           py::arg("master"), py::arg("ema"), py::arg("step"), py::arg("steps_done"), py::arg("row"))
+           py::arg("master"), py::arg("ema"), py::arg("step"), py::arg("steps_done"), py::arg("row"),
+           py::arg("count") = py::none())
       .def("finish", &PyPlan::finish, py::arg("groups"), py::arg("state"), py::arg("elsewhere"))
       .def("step", &PyPlan::step)
       .def("gather", &PyPlan::gather)
       .def("update", &PyPlan::update)
-      .def("steps_done", &PyPlan::steps_done);
+      .def("steps_done", &PyPlan::steps_done)
+      .def("make_table", &PyPlan::make_table, py::arg("kinds"), py::return_value_policy::reference_internal)
+      .def("refresh", &PyPlan::refresh)
+      .def_property_readonly("clips", &PyPlan::clips)
+      .def("grads_are_shared", &PyPlan::grads_are_shared)
+      .def("count_versions", &PyPlan::count_versions);
+
+  py::class_<DeviceTable>(m, "DeviceTable")
+      .def_property_readonly("address",
+                             [](const DeviceTable& t) { return reinterpret_cast<std::uintptr_t>(t.words().data()); })
+      .def_property_readonly("words", [](const DeviceTable& t) { return t.layout().all_words(); })
+      .def_property_readonly("front_words", [](const DeviceTable& t) { return t.layout().tensor_words(); })
+      .def_property_readonly(
+          "layout",
+          [](const DeviceTable& t) { return py::make_tuple(t.layout().rows, t.layout().tensors, t.layout().chunks); })
+      .def_property_readonly("buckets", [](const DeviceTable& t) {
+        py::list result;
+        for (const Bucket& b : t.buckets()) {
+          const Storage& s = b.storage;
+          result.append(
+              py::dict(py::arg("rule") = rule_info(b.rule).name, py::arg("kind") = b.kind,
+                       py::arg("param") = static_cast<int>(s.param), py::arg("grad") = static_cast<int>(s.grad),
+                       py::arg("state") = static_cast<int>(s.state), py::arg("master") = s.master,
+                       py::arg("ema") = s.ema, py::arg("first_tensor") = b.first_tensor, py::arg("tensors") = b.tensors,
+                       py::arg("first_chunk") = b.first_chunk, py::arg("chunks") = b.chunks));
+        }
+        return result;
+      });
 }

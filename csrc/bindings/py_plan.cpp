@@ -104,7 +104,7 @@ bool PyPlan::add(Entry entry) {
   TensorView view;
   auto bind = [&](const py::object& tensor, int slot) -> DType {
     Layout layout;
-    if (!reader.read(tensor.ptr(), &view, &layout) || !view.on_cpu || !layout.matches(bound.layout)) {
+    if (!reader.read(tensor.ptr(), &view, &layout) || !view.is_on(device_) || !layout.matches(bound.layout)) {
       throw py::value_error("fastloop plan: a state's shape, strides or device differ from its parameter's");
     }
     p.slot[static_cast<std::size_t>(slot)] = view.data;
@@ -112,7 +112,8 @@ bool PyPlan::add(Entry entry) {
     return view.dtype;
   };
 
-  if (!reader.read(entry.tensor.ptr(), &view, &bound.layout) || !view.on_cpu || !bound.layout.is_dense()) return false;
+  if (!reader.read(entry.tensor.ptr(), &view, &bound.layout) || !view.is_on(device_)) return false;
+  if (!bound.layout.is_dense()) return false;
   p.slot[kParam] = view.data;
   p.count = bound.layout.count();
   p.storage.param = view.dtype;
@@ -132,12 +133,15 @@ bool PyPlan::add(Entry entry) {
 
   if (!entry.step.is_none()) {
     Layout scalar;
-    if (!reader.read(entry.step.ptr(), &view, &scalar) || !view.on_cpu || scalar.count() != 1 ||
+    if (!reader.read(entry.step.ptr(), &view, &scalar) || !view.is_on(device_) || scalar.count() != 1 ||
         (view.dtype != DType::kF32 && view.dtype != DType::kF64)) {
       return false;
     }
     p.step_address = view.data;
     p.step_dtype = view.dtype;
+  }
+  if (as_table_ && !reader.read_count(entry.count.ptr(), device_, &p.steps_address)) {
+    throw py::value_error("fastloop plan: a count of updates must be an int64 scalar on its parameter's device");
   }
   p.step = entry.steps_done;
   p.rule = entry.rule;
@@ -163,6 +167,7 @@ bool PyPlan::add(Entry entry) {
 
 void PyPlan::finish(const py::list& groups, const py::dict& state, const py::list& elsewhere) {
   plan_.finish(static_cast<int>(groups.size()), static_cast<int>(hyper_.size()));
+  hyper_addresses_.assign(groups.size(), std::vector<Word>(hyper_.size(), 0));
   std::unordered_map<PyObject*, int> entry_of;
   for (std::size_t i = 0; i < bound_.size(); ++i) entry_of[bound_[i].entry.owner.ptr()] = static_cast<int>(i);
   for (py::handle param : elsewhere) entry_of[param.ptr()] = kElsewhere;
@@ -209,7 +214,23 @@ bool PyPlan::state_holds(const py::dict& state) const {
   return true;
 }
 
-bool PyPlan::read_row(PyObject* group, Row* row) {
+// A number now, or where the device finds it: reading a scalar on a GPU would wait for the GPU.
+bool PyPlan::read_hyper(PyObject* value, std::size_t row, std::size_t k) {
+  hyper_addresses_[row][k] = 0;
+  if (as_table_ && !PyFloat_Check(value) && !PyLong_Check(value)) {
+    TensorView view;
+    Layout layout;
+    if (tensor_reader().read(value, &view, &layout) && view.is_on(device_) && layout.single &&
+        (view.dtype == DType::kF32 || view.dtype == DType::kF64)) {
+      hyper_addresses_[row][k] = reinterpret_cast<Word>(view.data) | (view.dtype == DType::kF64 ? kIsDouble : 0);
+      return true;
+    }
+  }
+  return to_double(value, &plan_.rows()[row].hyper[k]);
+}
+
+bool PyPlan::read_row(PyObject* group, std::size_t index) {
+  Row* row = &plan_.rows()[index];
   for (std::size_t k = 0; k < hyper_.size(); ++k) {
     PyObject* value = PyDict_GetItemWithError(group, hyper_[k].key.ptr());
     if (value == nullptr) {
@@ -222,7 +243,7 @@ bool PyPlan::read_row(PyObject* group, Row* row) {
       if (!item) return PyErr_Clear(), false;
       value = item.ptr();
     }
-    if (!to_double(value, &row->hyper[k])) return false;
+    if (!read_hyper(value, index, k)) return false;
   }
   row->maximize = is_true(group, names().maximize);
   double max_norm;
@@ -269,7 +290,7 @@ bool PyPlan::groups_hold(const py::list& groups) {
     for (std::size_t k = 0; k < structure_.size(); ++k) {
       if (is_true(group, structure_[k].ptr()) != expected.structure[k]) return false;
     }
-    if (!read_row(group, &plan_.rows()[g])) return false;
+    if (!read_row(group, g)) return false;
   }
   return true;
 }
@@ -311,8 +332,9 @@ bool PyPlan::grads_hold(const py::object& grads, bool keep) {
                            : reader.grad(b.entry.owner.ptr());
     if (grad == nullptr) return PyErr_Clear(), false;
     p.active = grad != Py_None;
-    const bool holds = !p.active || (reader.read_matching(grad, b.layout, b.grad_dtype, &p.slot[kGrad], &b.grad_seen) &&
-                                     (p.slot[kGrad] != nullptr || p.count == 0));
+    const bool holds =
+        !p.active || (reader.read_matching(grad, device_, b.layout, b.grad_dtype, &p.slot[kGrad], &b.grad_seen) &&
+                      (p.slot[kGrad] != nullptr || p.count == 0));
     if (keep && holds) {
       kept_.push_back(py::reinterpret_steal<py::object>(grad));
     } else {
@@ -347,7 +369,7 @@ bool PyPlan::tensors_hold() const {
     prefetch_tensors(i);
     for (const Bound::Held& held : b.held) {
       void* data = nullptr;
-      if (!reader.read_matching(held.tensor, b.layout, held.dtype, &data, &held.seen)) return false;
+      if (!reader.read_matching(held.tensor, device_, b.layout, held.dtype, &data, &held.seen)) return false;
       if (data != p.slot[static_cast<std::size_t>(held.slot)]) return false;
     }
     if (p.step_address != nullptr) {
@@ -357,7 +379,7 @@ bool PyPlan::tensors_hold() const {
         return layout;
       }();
       void* data = nullptr;
-      if (!reader.read_matching(b.entry.step.ptr(), scalar, p.step_dtype, &data, &b.step_seen)) return false;
+      if (!reader.read_matching(b.entry.step.ptr(), device_, scalar, p.step_dtype, &data, &b.step_seen)) return false;
       if (data != p.step_address) return false;
     }
   }
@@ -468,6 +490,25 @@ py::tuple PyPlan::update(double squares, bool finite, bool measured, double grad
   kept_.clear();
   if (!result.skipped) count_versions();
   return answer(outcome_of(result, controls), clips_ && measured, result.norm);
+}
+
+const DeviceTable& PyPlan::make_table(const std::vector<int>& kinds) {
+  if (kinds.size() != plan_.parameters().size()) throw py::value_error("fastloop plan: one kind for each entry");
+  table_ = std::make_unique<DeviceTable>(plan_.parameters(), kinds, static_cast<std::int64_t>(plan_.rows().size()));
+  return *table_;
+}
+
+py::object PyPlan::refresh(const py::list& groups, const py::dict& state, const py::object& grads,
+                           std::uintptr_t scale_address, std::uintptr_t found_inf_address, bool check_finite,
+                           bool zero_grads) {
+  if (!groups_hold(groups) || !state_holds(state) || !grads_hold(grads, false) || !tensors_hold()) return py::none();
+  StepControls controls;
+  controls.max_norm = max_norm_;
+  controls.measure = clips_ || check_finite;
+  controls.check_all = check_finite;
+  controls.zero_grads = zero_grads;
+  return py::bool_(
+      table_->refresh(controls, scale_address, found_inf_address, plan_.rows(), hyper_addresses_, plan_.parameters()));
 }
 
 std::vector<std::int64_t> PyPlan::steps_done() const {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/tensor.h"
+#include "core/device_table.h"
 #include "core/plan.h"
 
 namespace fastloop {
@@ -23,6 +24,7 @@ struct Entry {
   pybind11::object tensor;  // whose memory is updated: the owner itself, or the local tensor behind a DTensor
   std::vector<pybind11::object> states;
   pybind11::object master, ema, step;  // None where absent; step is torch's scalar
+  pybind11::object count;              // on a device: our int64 scalar; else None
   std::int64_t steps_done = 0;
   int rule = 0;
   int row = 0;
@@ -36,8 +38,13 @@ struct HyperKey {
 
 class PyPlan {
  public:
-  PyPlan(const Kernels& kernels, std::vector<HyperKey> hyper, std::vector<pybind11::str> structure)
-      : plan_(kernels), hyper_(std::move(hyper)), structure_(std::move(structure)) {}
+  PyPlan(const Kernels& kernels, std::vector<HyperKey> hyper, std::vector<pybind11::str> structure,
+         dlpack::Device device, bool as_table)
+      : plan_(kernels),
+        hyper_(std::move(hyper)),
+        structure_(std::move(structure)),
+        device_(device),
+        as_table_(as_table) {}
 
   // False if no kernel serves the entry; its tensors must be dense and of one layout (checked, ValueError).
   bool add(Entry entry);
@@ -56,6 +63,20 @@ class PyPlan {
                          bool stop_nonfinite, bool zero_grads);
 
   std::vector<std::int64_t> steps_done() const;
+
+  // ---- for kernels on a device, which read a table (core/device_table.h) instead of running here
+
+  // After finish(). kinds: for each entry, where its norm is summed.
+  const DeviceTable& make_table(const std::vector<int>& kinds);
+
+  // Checks as step() does and writes this step into the table's front. None: stale. Else whether a word changed.
+  pybind11::object refresh(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads,
+                           std::uintptr_t scale_address, std::uintptr_t found_inf_address, bool check_finite,
+                           bool zero_grads);
+  bool clips() const { return clips_; }  // some group is in the norm, as of the last step
+  // After the launches: autograd's version counters.
+  void count_versions() const;
+  bool grads_are_shared() const;
 
  private:
   struct Bound {
@@ -85,19 +106,22 @@ class PyPlan {
   };
 
   bool groups_hold(const pybind11::list& groups);
-  bool read_row(PyObject* group, Row* row);
+  bool read_row(PyObject* group, std::size_t index);
   bool state_holds(const pybind11::dict& state) const;
   bool grads_hold(const pybind11::object& grads, bool keep);
-  bool grads_are_shared() const;
+  bool read_hyper(PyObject* value, std::size_t row, std::size_t k);
   void check_not_running() const;
   bool tensors_hold() const;
   void prefetch_grad(std::size_t i) const;
   void prefetch_tensors(std::size_t i) const;
-  void count_versions() const;
 
   Plan plan_;
   std::vector<HyperKey> hyper_;
   std::vector<pybind11::str> structure_;
+  dlpack::Device device_;
+  bool as_table_;
+  std::unique_ptr<DeviceTable> table_;
+  std::vector<std::vector<Word>> hyper_addresses_;  // of hyperparameters that are scalars on the device
   std::vector<Bound> bound_;
   std::vector<Group> groups_;
   std::vector<StateOfParameter> state_;

@@ -74,6 +74,7 @@ bool Layout::is_dense() const {
 TensorReader::TensorReader(py::handle tensor_type, bool use_exchange_api) {
   grad_name_ = PyUnicode_InternFromString("grad");
   is_neg_name_ = PyUnicode_InternFromString("is_neg");
+  dlpack_device_name_ = PyUnicode_InternFromString("__dlpack_device__");
   // The getter in C, past the attribute lookup: 135 ns becomes 100.
   const py::object descriptor = py::getattr(tensor_type, "grad");
   if (Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type) {
@@ -108,20 +109,21 @@ bool TensorReader::read(PyObject* tensor, TensorView* view, Layout* layout) cons
   layout->single = layout->count() == 1;
   view->data = static_cast<unsigned char*>(t.data) + t.byte_offset;
   view->dtype = dtype_of(t.dtype);
-  view->on_cpu = t.device.type == dlpack::kCpu;
+  view->device = t.device;
   // Wrapped tensors (DTensor, FakeTensor) answer with a null pointer.
   return t.data != nullptr || layout->count() == 0;
 }
 
-bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data,
-                                 Whereabouts* seen) const {
+bool TensorReader::read_matching(PyObject* tensor, dlpack::Device device, const Layout& layout, DType dtype,
+                                 void** data, Whereabouts* seen) const {
   seen->object = tensor;
   if (api_ == nullptr) {
     TensorView view;
     Layout found;
     if (!read_slowly(tensor, &view, &found)) return false;
     *data = view.data;
-    return view.on_cpu && view.dtype == dtype && found.matches(layout) && !(layout.single && is_negative_view(tensor));
+    return view.is_on(device) && view.dtype == dtype && found.matches(layout) &&
+           !(layout.single && is_negative_view(tensor));
   }
   dlpack::Tensor t;
   if (api_->tensor_from_object(tensor, &t) != 0) {
@@ -130,8 +132,17 @@ bool TensorReader::read_matching(PyObject* tensor, const Layout& layout, DType d
   }
   seen->shape = t.shape;
   *data = static_cast<unsigned char*>(t.data) + t.byte_offset;
-  return t.device.type == dlpack::kCpu && dtype_of(t.dtype) == dtype && layout_matches(t, layout) &&
+  return t.device == device && dtype_of(t.dtype) == dtype && layout_matches(t, layout) &&
          !(layout.single && is_negative_view(tensor));
+}
+
+bool TensorReader::read_count(PyObject* tensor, dlpack::Device device, void** data) const {
+  const py::handle t(tensor);
+  const auto place = t.attr("__dlpack_device__")().cast<py::tuple>();
+  *data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<std::uintptr_t>());
+  const dlpack::Device found = {place[0].cast<std::int32_t>(), place[1].cast<std::int32_t>()};
+  return found == device && t.attr("numel")().cast<std::int64_t>() == 1 &&
+         t.attr("element_size")().cast<std::int64_t>() == 8;
 }
 
 void TensorReader::increment_version(py::handle tensors) const {
@@ -154,7 +165,9 @@ bool TensorReader::read_slowly(PyObject* tensor, TensorView* view, Layout* layou
     layout->strides = integers(t.attr("stride")());
     layout->single = layout->count() == 1;
     view->data = reinterpret_cast<void*>(t.attr("data_ptr")().cast<std::uintptr_t>());
-    view->on_cpu = t.attr("is_cpu").cast<bool>();
+    const auto device = py::reinterpret_steal<py::tuple>(PyObject_CallMethodNoArgs(tensor, dlpack_device_name_));
+    if (!device) return PyErr_Clear(), false;
+    view->device = {device[0].cast<std::int32_t>(), device[1].cast<std::int32_t>()};
     const py::object dtype = t.attr("dtype");
     view->dtype = DType::kUnsupported;
     for (int i = 0; i < 4; ++i) {

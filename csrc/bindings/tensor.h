@@ -41,7 +41,11 @@ struct ExchangeApi {
 };
 constexpr std::int32_t kCpu = 1;
 
+constexpr bool operator==(Device a, Device b) { return a.type == b.type && a.id == b.id; }
+
 }  // namespace dlpack
+
+constexpr dlpack::Device kCpuDevice = {dlpack::kCpu, 0};
 
 struct Layout {
   std::vector<std::int64_t> shape, strides;
@@ -69,7 +73,10 @@ struct Whereabouts {
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kUnsupported;
-  bool on_cpu = false;
+  dlpack::Device device = {0, 0};
+
+  bool is_on(dlpack::Device other) const { return device == other; }
+  bool on_cpu() const { return device == kCpuDevice; }
 };
 
 // Reads tensors. One for the process, made when torch hands in its Tensor type.
@@ -81,10 +88,14 @@ class TensorReader {
   // False, with no Python error set, for what cannot be read as an array: sparse, fake and other wrapped tensors.
   bool read(PyObject* tensor, TensorView* view, Layout* layout) const;
 
-  // Address, and whether shape and strides are still `layout`. False if anything is not as expected.
+  // Address, and whether device, shape and strides are still as they were. False if anything is not as expected.
   // DLPack shows a lazily negated view with the raw data. Such views stride over the real or imaginary parts of complex
   // numbers and so have another layout, unless they have one element: only there is the flag asked for (100 ns).
-  bool read_matching(PyObject* tensor, const Layout& layout, DType dtype, void** data, Whereabouts* seen) const;
+  bool read_matching(PyObject* tensor, dlpack::Device device, const Layout& layout, DType dtype, void** data,
+                     Whereabouts* seen) const;
+
+  // The int64 scalar on `device` that counts updates. False for anything else.
+  bool read_count(PyObject* tensor, dlpack::Device device, void** data) const;
 
   // A new reference to tensor.grad, or null with a Python error set.
   PyObject* grad(PyObject* tensor) const;
@@ -106,6 +117,7 @@ class TensorReader {
   PyObject* is_neg_name_ = nullptr;
   PyObject* increment_version_ = nullptr;
   PyObject* dtypes_[4] = {};  // torch.float32, bfloat16, float16, float64
+  PyObject* dlpack_device_name_ = nullptr;
 };
 
 // Throws RuntimeError before initialize().

@@ -39,7 +39,8 @@ struct Parameter {
   std::int64_t step = 0;         // updates done
   void* step_address = nullptr;  // torch's scalar copy of `step`, fp32 or fp64; null for rules that publish none
   DType step_dtype = DType::kF32;
-  bool active = false;  // it has a gradient in this step
+  void* steps_address = nullptr;  // on a device: our int64 count of updates
+  bool active = false;            // it has a gradient in this step
 
   // Filled by Plan::add.
   UpdateFn update = nullptr;

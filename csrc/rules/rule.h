@@ -15,11 +15,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTLOOP_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTLOOP_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "core/host_device.h"
 
 #ifndef FASTLOOP_RULE_NAMESPACE
 #error "define FASTLOOP_RULE_NAMESPACE before including a rule"

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device_table.h"
 #include "core/parallel.h"
 #include "core/plan.h"
 #include "cpu/dispatch.h"
@@ -562,6 +563,70 @@ void test_lists(const Kernels& k) {
   CHECK(multi_norm(k, NormKind::kInf, arrays) == largest / 2, k.isa);
 }
 
+// A device's table: parameters ordered by bucket, chunks by parameter, offsets beyond 2^31 elements, changes noticed.
+void test_device_table() {
+  auto parameter = [](DType dtype, std::int64_t count, int row, std::uintptr_t address) {
+    Parameter p;
+    p.storage = {dtype, dtype, DType::kF32, false, false};
+    p.count = count;
+    p.row = row;
+    p.active = true;
+    p.slot[kParam] = reinterpret_cast<void*>(address);
+    p.slot[kGrad] = reinterpret_cast<void*>(address + 1024);
+    return p;
+  };
+  const std::int64_t huge = (std::int64_t{1} << 33) + 5;
+  std::vector<Parameter> parameters = {
+      parameter(DType::kBF16, kDeviceChunkElements + 1, 1, 0x10000),
+      parameter(DType::kF32, huge, 0, 0x20000),
+      parameter(DType::kBF16, 0, 0, 0x30000),
+      parameter(DType::kF32, 7, 1, 0x40000),
+  };
+  DeviceTable table(parameters, {0, 0, 0, 0}, 2);
+  const TableLayout layout = table.layout();
+  const std::int64_t huge_chunks = huge / kDeviceChunkElements + 1;
+  CHECK(layout.rows == 2 && layout.tensors == 4 && layout.chunks == huge_chunks + 1 + 2, "");
+  CHECK(table.buckets().size() == 2, "");
+  const Bucket& f32 = table.buckets()[0];
+  const Bucket& bf16 = table.buckets()[1];
+  CHECK(f32.storage.param == DType::kF32 && f32.first_tensor == 0 && f32.tensors == 2, "");
+  CHECK(f32.first_chunk == 0 && f32.chunks == huge_chunks + 1, "");
+  CHECK(bf16.first_tensor == 2 && bf16.tensors == 2 && bf16.first_chunk == f32.chunks && bf16.chunks == 2, "");
+
+  auto word = [&](std::int64_t at) { return table.words()[static_cast<std::size_t>(at)]; };
+  auto tensor_word = [&](std::int64_t tensor, int k) {
+    return word(layout.tensor_words() + tensor * kTensorWords + k);
+  };
+  CHECK(tensor_word(0, kTensorSlot + kParam) == 0x20000 && tensor_word(1, kTensorSlot + kParam) == 0x40000, "");
+  CHECK(tensor_word(2, kTensorSlot + kParam) == 0x10000 && tensor_word(0, kTensorRow) == 0, "");
+  CHECK(tensor_word(2, kTensorRow) == 1 && tensor_word(0, kTensorCount) == static_cast<Word>(huge), "");
+  const Word last = word(layout.chunk_words() + huge_chunks - 1);
+  CHECK(last >> 32 == 0, "");
+  const std::int64_t offset = static_cast<std::int64_t>(last & 0xffffffffu) * kDeviceChunkElements;
+  CHECK(offset < huge && huge - offset <= kDeviceChunkElements && offset > (std::int64_t{1} << 32), "");
+  CHECK(word(layout.chunk_words() + huge_chunks) == pack_chunk(1, 0), "");
+
+  std::vector<Row> rows(2);
+  for (Row& row : rows) row.hyper = {1.0, 2.0};
+  std::vector<std::vector<Word>> addresses(2, std::vector<Word>(2, 0));
+  StepControls controls;
+  auto refresh = [&] { return table.refresh(controls, 0, 0, rows, addresses, parameters); };
+  CHECK(refresh(), "the first time everything is new");
+  CHECK(!refresh(), "");
+  CHECK(word(layout.grad_words() + 2) == 0x10000 + 1024 && word(layout.grad_words() + 3) == kEmptyGrad, "");
+  parameters[0].active = false;
+  CHECK(refresh() && word(layout.grad_words() + 2) == 0, "");
+  rows[1].hyper[1] = 3.0;
+  CHECK(refresh() && !refresh(), "");
+  addresses[0][1] = 0x50000;
+  CHECK(refresh() && word(layout.row_words() + kHyperAddress + 1) == 0x50000, "");
+  controls.zero_grads = true;
+  CHECK(refresh() && word(kFlags) == kZeroGrads, "");
+
+  const DeviceTable kinds(parameters, {1, 0, 0, 1}, 2);
+  CHECK(kinds.buckets().size() == 4 && kinds.buckets()[0].kind == 0 && kinds.buckets()[2].kind == 1, "");
+}
+
 // The parent's OpenMP threads do not exist in a forked child: a parallel region there would wait for ever.
 void test_fork(const Kernels& k) {
   omp_set_num_threads(2);
@@ -584,6 +649,7 @@ int run_all() {
   watch_forks();
   test_dispatch();
   test_chunks();
+  test_device_table();
   for (const Kernels* set : supported_kernels()) {
     const int before = checks;
     test_norm(*set);

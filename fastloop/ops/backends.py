@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+from fastloop.ops import cuda
+from fastloop.ops.launches import DeviceBackend, count_launch
 
-_NOT_YET = "this version has no {} kernels yet"
+NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 @functools.cache
@@ -59,10 +60,69 @@ def backends() -> dict[str, dict[str, Any]]:
     cpu_reason = missing if module is None else f"{isa}, {chosen} (has {', '.join(supported_isas())})"
     return {
         "cpu": {"available": module is not None, "reason": cpu_reason, "isa": isa},
-        "cuda": {"available": False, "reason": _NOT_YET.format("CUDA"), "isa": None},
-        "triton": {"available": False, "reason": _NOT_YET.format("Triton"), "isa": None},
+        "cuda": _status(missing or cuda.why_not(), "CUDA kernels, in CPU emulation" if cuda.is_emulated() else "CUDA"),
+        "triton": _status(missing or triton_why_not(), "Triton, interpreted on the CPU" if interpreted() else "Triton"),
         "reference": {"available": True, "reason": "plain torch operations, on every device", "isa": None},
     }
+
+
+def _status(why_not: str, reason: str) -> dict[str, Any]:
+    return {"available": not why_not, "reason": why_not or reason, "isa": None}
+
+
+# ---- devices
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def _has_triton() -> str:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+    return f"triton {triton.__version__} is older than 3.4" if old else ""
+
+
+def triton_why_not(device: torch.device | None = None) -> str:
+    """Why the Triton kernels cannot run, on `device` or at all; empty if they can."""
+    missing = _has_triton()
+    if missing:
+        return missing
+    if interpreted():
+        return "" if device is None or device.type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors"
+    if device is not None and device.type not in ("cuda", "xpu"):
+        return f"Triton kernels serve no tensors on {device}"
+    xpu = getattr(torch, "xpu", None)
+    has_gpu = torch.cuda.is_available() or (xpu is not None and xpu.is_available())
+    return "" if has_gpu else "torch sees no GPU"
+
+
+@functools.cache
+def _triton_kernels() -> DeviceBackend:
+    kernels: Any = importlib.import_module("fastloop.triton_kernels")
+    kernels.on_launch = count_launch
+    return kernels  # type: ignore[no-any-return]
+
+
+def device_kernels(backend: str, device: torch.device) -> DeviceBackend | None:
+    """The kernels that run on `device` under this choice of backend; None: CPU kernels, or the reference."""
+    if native() is None or backend in ("cpu", "reference") or (backend == "auto" and device.type in ("cpu", "meta")):
+        return None
+    if backend in ("auto", "cuda") and not cuda.why_not(device):
+        return cuda.KERNELS
+    if backend in ("auto", "triton") and not triton_why_not(device):
+        return _triton_kernels()
+    return None
+
+
+def why_not_on(backend: str, device: torch.device) -> str:
+    """Why a backend's kernels do not run on `device`; empty if they do."""
+    return {"cuda": cuda.why_not, "triton": triton_why_not}[backend](device)
 
 
 def check_backend(where: str, backend: str) -> None:

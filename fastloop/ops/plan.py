@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step over many parameters: planned once, checked and run at every step.
 
-A `StepPlan` divides the parameters among the native kernels and the reference. Where all are plain CPU tensors, a step
-is one native call. Otherwise (DTensor parameters, gradients in another layout, a norm that spans processes, parameters
-that no kernel serves) the same passes run one after the other, with the norm completed in between.
+A `StepPlan` divides the parameters among the native kernels, devices and the reference. Where all are plain CPU
+tensors, a step is one native call. Where all are on devices, a step launches and does not wait. Otherwise (DTensor
+parameters on the CPU, gradients in another layout, a norm that spans processes, parameters that no kernel serves) the
+same passes run one after the other, with the norm completed in between.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from fastloop.ops import reference
-from fastloop.ops.backends import native
+from fastloop.ops.backends import device_kernels, native
 from fastloop.ops.checks import is_dense, same_strides
+from fastloop.ops.device import DevicePart
+from fastloop.ops.launches import DeviceBackend
 
 DONE, SKIPPED, STOPPED, STALE = range(4)  # csrc/bindings/py_plan.h: Outcome
 
@@ -39,6 +42,7 @@ class Slots:
     ema: Tensor | None
     step: Tensor | None  # torch's 0-dim count of steps; None for rules that publish none
     steps_done: int = 0  # the count where there is no `step`
+    count: Tensor | None = None  # on a device: int64 count of updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class Controls:
     """What a step is asked for beside the settings of the groups."""
 
     max_norm: float | None = None
-    grad_scale: float = 1.0
-    found_inf: bool = False
+    grad_scale: float | Tensor = 1.0
+    found_inf: bool | Tensor = False  # a tensor: above 0
     check_finite: bool = False  # all gradients must be finite, those outside the norm too
     stop_nonfinite: bool = False  # leave everything as it is and report STOPPED
     zero_grads: bool = False
@@ -76,45 +80,81 @@ class StepPlan:
     structure: Sequence[str]
     serves_sparse: bool = False
     norm_group: Any = None
-    norm: float | None = None  # of the last step, before clipping
+    norm: float | Tensor | None = None  # of the last step, before clipping; a tensor where it stays on a device
+    direct: bool = True  # one native call does it all and reads .grad itself
+    on_device: bool = False  # all parameters are on devices: a step launches, and waits for nothing
     _native: Any = None
     _kernel_params: list[Tensor] = field(default_factory=list)
+    _devices: list[DevicePart] = field(default_factory=list)
     _outside: list[_Outside] = field(default_factory=list)
-    direct: bool = True  # one native call does it all and reads .grad itself
     _locals: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # DTensors and the shards that the plan knows
     _seen: Any = None  # what the plan was built from, where no native plan watches it
+    _kinds: list[Any] = field(default_factory=list)  # over what norms are summed, see _reduction
+    _home: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where they are added up
+    _skipped: Tensor | None = None  # the count of skipped steps, where a device writes it
 
     # ---- building
 
     def build(self, groups: list[Group], state: dict[Any, Any], slots: Sequence[Slots], backend: str) -> None:
-        """Divide `slots` among the kernels and the reference and remember groups and state as they are."""
-        module = native() if backend in ("auto", "cpu") else None
-        if module is not None and any(not g.get("differentiable") for g in groups):
-            self._native = module.Plan(list(self.hyper), list(self.structure))
-        elsewhere = []
+        """Divide `slots` among the kernels, devices and the reference and remember groups and state as they are."""
         for s in slots:
-            differentiable = bool(groups[s.group].get("differentiable"))
-            if self._native is not None and not differentiable and self._add_native(s):
+            local = local_shard(s.param)
+            kernels = None if groups[s.group].get("differentiable") else device_kernels(backend, local.device)
+            if kernels is not None and (part := self._device_part(kernels, local.device)) and _add(part.plan, s):
+                part.params.append(s.param)
+            elif kernels is None and self._serves(groups, s, backend) and _add(self._cpu_plan(), s):
                 self._kernel_params.append(s.param)
             else:
                 self._outside.append(_Outside(s, s.steps_done))
-                elsewhere.append(s.param)
+        self._devices = [part for part in self._devices if part.params]
+        if not self._devices and backend in ("auto", "cpu") and not all(g.get("differentiable") for g in groups):
+            self._cpu_plan()  # watches the groups, if only for a first gradient
+        self._kinds = [None] if self.norm_group is not None else []
+        for kind in (_reduction(s.param) for s in slots):
+            if kind not in self._kinds:
+                self._kinds.append(kind)
         if self._native is not None:
-            self._native.finish(groups, state, elsewhere)
+            self._native.finish(groups, state, _others(slots, self._kernel_params))
+        if self._devices:
+            self._skipped = _skipped_on(self._devices[0].device, groups)
+        for i, part in enumerate(self._devices):
+            kinds = [self._kinds.index(_reduction(p)) for p in part.params]
+            part.finish(groups, state, _others(slots, part.params), kinds, self._skipped if i == 0 else None)
+            part.reads_grads = _readable(part.params)
+        self._home = next((local_shard(p).device for g in groups for p in g["params"]), torch.device("cpu"))
         touched = [t for s in slots for t in (s.param, *s.states, s.master, s.ema, s.step) if t is not None]
         self._locals = [(t, local_shard(t)) for t in touched if not _plain(t)]
         self.direct = self._may_be_direct()
-        if self._outside or self._native is None:
+        self.on_device = bool(self._devices) and self._native is None and not self._outside
+        if self._outside or (self._native is None and not self._devices):
             self._seen = self._fingerprint(groups, state)
 
+    def _cpu_plan(self) -> Any:
+        if self._native is None:
+            module = native()
+            self._native = None if module is None else module.Plan(list(self.hyper), list(self.structure))
+        return self._native
+
+    def _device_part(self, kernels: DeviceBackend, device: torch.device) -> DevicePart:
+        for part in self._devices:
+            if part.device == device:
+                return part
+        self._devices.append(DevicePart(kernels, device, self.hyper, self.structure))
+        return self._devices[-1]
+
+    def _serves(self, groups: list[Group], s: Slots, backend: str) -> bool:
+        """Whether the CPU kernels may be asked."""
+        cpu = local_shard(s.param).device.type == "cpu" and native() is not None
+        return cpu and backend in ("auto", "cpu") and not groups[s.group].get("differentiable")
+
     def _may_be_direct(self) -> bool:
-        if self._native is None or self._outside or self.norm_group is not None:
+        if self._native is None or self._devices or self._outside or self.norm_group is not None:
             return False
-        return all(_plain(p) and not _is_foreign(p) for p in self._kernel_params)
+        return _readable(self._kernel_params)
 
     def _fingerprint(self, groups: list[Group], state: dict[Any, Any]) -> Any:
         """Everything whose change makes the plan stale, as the native plan checks it for its own parameters."""
-        planned = {id(p) for p in (*self._kernel_params, *self.outside)}
+        planned = {id(p) for p in self._params()}
         return (
             [
                 (
@@ -128,31 +168,23 @@ class StepPlan:
             [(id(p), [(k, id(v)) for k, v in values.items()]) for p, values in state.items()],
         )
 
-    def _add_native(self, s: Slots) -> bool:
-        local = local_shard(s.param)
-        tensors = [local_shard(t) for t in (*s.states, s.master, s.ema) if t is not None]
-        if local.device.type != "cpu" or local.dtype not in NATIVE_DTYPES or not is_dense(local):
-            return False
-        if local.is_neg() or not all(same_strides(local, t) for t in tensors):
-            return False
-        return bool(
-            self._native.add(
-                s.param,
-                local,
-                s.rule,
-                [local_shard(t) for t in s.states],
-                None if s.master is None else local_shard(s.master),
-                None if s.ema is None else local_shard(s.ema),
-                None if s.step is None else local_shard(s.step),
-                s.steps_done,
-                s.group,
-            )
-        )
-
     @property
     def outside(self) -> list[Tensor]:
         """Parameters that the reference steps."""
         return [o.slots.param for o in self._outside]
+
+    def _params(self) -> list[Tensor]:
+        return [*self._kernel_params, *(p for part in self._devices for p in part.params), *self.outside]
+
+    @property
+    def counts_skips(self) -> bool:
+        """Whether a device counts the skipped steps."""
+        return bool(self._devices)
+
+    @property
+    def skipped_flag(self) -> Tensor | None:
+        """On a device: 1.0 if the last step was skipped, else 0.0, float64."""
+        return self._devices[0].result[1] if self._devices else None
 
     def steps_done(self) -> dict[int, int]:
         """Updates done so far, by id of the parameter: what a rebuilt plan goes on from."""
@@ -167,22 +199,65 @@ class StepPlan:
         """Run one step. Returns DONE, SKIPPED, STOPPED or STALE; after the last two nothing was touched."""
         if self.direct:
             outcome, self.norm = self._native.step(
-                groups, state, c.grad_scale, c.found_inf, c.check_finite, c.stop_nonfinite, c.zero_grads
+                groups, state, float(c.grad_scale), bool(c.found_inf), c.check_finite, c.stop_nonfinite, c.zero_grads
             )
             if c.zero_grads and outcome in (DONE, SKIPPED):
                 torch.autograd.graph.increment_version([g for p in self._kernel_params if (g := p.grad) is not None])
             return int(outcome)
+        if self.on_device and not c.stop_nonfinite:
+            return self._step_on_devices(groups, state, c)
         return self._step_in_parts(groups, state, c)
+
+    def _step_on_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
+        """Launch and go on: DONE says that the device has been told, not that the step was not skipped."""
+        if self._locals_moved() or self._refresh_devices(groups, state, c) is None:
+            return STALE
+        clips = self._devices[0].plan.clips
+        measured = clips or c.check_finite
+        for part in self._devices:
+            part.norm(measured)
+        sums = [part.sums for part in self._devices]
+        if measured and (len(self._devices) > 1 or any(_process_groups(kind, self.norm_group) for kind in self._kinds)):
+            total = self._totals([torch.zeros(2, dtype=torch.float64, device=self._home) for _ in self._kinds])
+            sums = [total.to(part.device, non_blocking=True) for part in self._devices]
+        for part, its_sums in zip(self._devices, sums, strict=True):
+            part.update(its_sums)
+        self._after_devices(c)
+        self.norm = self._devices[0].result[0] if clips else None
+        return DONE
+
+    def _refresh_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> bool | None:
+        """None: stale."""
+        if self._devices and groups[0].get("skipped_steps") is not self._skipped:
+            return None
+        for part in self._devices:
+            if not part.reads_grads:
+                part.reads_grads = _readable(part.params)  # gradients in another layout may do so no more
+            grads = None if part.reads_grads else [_grad_like(p) for p in part.params]
+            if not part.refresh(groups, state, grads, c.grad_scale, c.found_inf, c.check_finite, c.zero_grads):
+                return None
+        return True
+
+    def _after_devices(self, c: Controls) -> None:
+        if c.zero_grads:
+            torch.autograd.graph.increment_version(
+                [g for part in self._devices for p in part.params if (g := p.grad) is not None]
+            )
+
+    def _locals_moved(self) -> bool:
+        return any(local_shard(t) is not local for t, local in self._locals)
 
     def _step_in_parts(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
         if self._may_be_direct():  # gradients that came in another layout do so no more
             self.direct = True
             return self.step(groups, state, c)
-        if any(local_shard(t) is not local for t, local in self._locals):
+        if self._locals_moved():
             return STALE
         if self._seen is not None and self._seen != self._fingerprint(groups, state):
             return STALE
-        if not self.serves_sparse and any(_is_sparse(p.grad) for p in (*self._kernel_params, *self.outside)):
+        if not self.serves_sparse and any(_is_sparse(p.grad) for p in self._params()):
+            return STALE
+        if self._devices and self._refresh_devices(groups, state, c) is None:
             return STALE
         grads = [_grad_like(p) for p in self._kernel_params]
         if self._native is not None and not self._native.gather(groups, state, grads):
@@ -190,24 +265,53 @@ class StepPlan:
         outside = [(o, _local_grad(o.slots.param)) for o in self._outside]
         active = [(o, g) for o, g in outside if g is not None]
         measured = c.max_norm is not None or c.check_finite
+        if self._devices and c.max_norm is not None:
+            self._check_one_kind_of_device()
         squares, finite = self._measure(groups, grads, outside, c) if measured else (torch.zeros(()), True)
-        norm = squares.sqrt() / abs(c.grad_scale) if c.grad_scale != 0 else squares * math.inf
+        scale, found_inf = float(c.grad_scale), float(c.found_inf) > 0
+        norm = squares.sqrt() / abs(scale) if scale != 0 else squares * math.inf
         finite = finite and (not measured or math.isfinite(float(norm.detach())))
         outcome = DONE
-        if c.found_inf or not finite:
+        if found_inf or not finite:
             outcome = STOPPED if c.stop_nonfinite and not finite else SKIPPED
         if outcome == DONE:  # first what may still raise
             for o, g in active:
-                self._step_outside(o, g, groups[o.slots.group], norm, c)
+                self._step_outside(o, g, groups[o.slots.group], norm, scale)
         if self._native is not None:
             native_outcome, _ = self._native.update(
-                float(squares.detach()), finite, measured, c.grad_scale, c.found_inf, c.stop_nonfinite, False
+                float(squares.detach()), finite, measured, scale, found_inf, c.stop_nonfinite, False
             )
             assert native_outcome == outcome, (native_outcome, outcome)
+        if outcome != STOPPED:
+            for part in self._devices:
+                total = torch.tensor([[float(squares.detach()), 0.0 if finite else math.nan]], dtype=torch.float64)
+                part.norm(False)
+                part.update(total.to(part.device))
         if c.zero_grads and outcome != STOPPED:
             self._zero_grads()
         self.norm = float(norm) if c.max_norm is not None else None
         return outcome
+
+    def _check_one_kind_of_device(self) -> None:
+        kinds = {local_shard(p).device.type for p in self._params()}
+        if len(kinds) > 1:
+            raise RuntimeError(
+                f"[max_grad_norm] one norm over parameters on {' and '.join(sorted(kinds))} would make the step wait "
+                "for the devices; give each kind of device an optimizer of its own"
+            )
+
+    def _totals(self, totals: list[Tensor]) -> Tensor:
+        """Adds the devices' sums of this step to `totals`, one for each of `_kinds`, and sums them over processes.
+
+        Every process makes the same sums in the same order, whatever gradients it has: they end in collectives.
+        Float64 [kinds, 2]: squares of the scaled gradients in the norm, and of the others; on the first device.
+        """
+        for i, kind in enumerate(self._kinds):
+            for part in self._devices:
+                totals[i] = totals[i] + part.sums_of_kind(i).to(totals[i].device, non_blocking=True)
+            for process_group in _process_groups(kind, self.norm_group):
+                torch.distributed.all_reduce(totals[i], group=process_group)
+        return torch.stack(totals) if totals else torch.zeros((1, 2), dtype=torch.float64, device=self._home)
 
     def _measure(
         self,
@@ -216,31 +320,24 @@ class StepPlan:
         outside: Sequence[tuple[_Outside, Tensor | None]],
         c: Controls,
     ) -> tuple[Tensor, bool]:
-        """Sum of squares of the scaled gradients in the norm, over all processes, and whether all are finite.
-
-        Every process makes the same sums in the same order, whatever gradients it has: they end in collectives.
-        """
+        """Sum of squares of the scaled gradients in the norm, over all processes, and whether all are finite."""
         group_of = {id(p): g for g in groups for p in g["params"]}
-        pairs = [*zip(self._kernel_params, grads, strict=True)]
-        pairs += [(o.slots.param, g) for o, g in outside]
-        sums: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        if self.norm_group is not None:
-            sums[None] = ([], [])
+        sums: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in self._kinds]
+        pairs = [*zip(self._kernel_params, grads, strict=True), *((o.slots.param, g) for o, g in outside)]
         for p, g in pairs:
-            in_norm, excluded = sums.setdefault(_reduction(p), ([], []))
+            in_norm, excluded = sums[self._kinds.index(_reduction(p))]
             if g is not None:
                 (in_norm if group_of[id(p)].get("max_grad_norm") is not None else excluded).append(g)
-        total, others = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for kind, (in_norm, excluded) in sums.items():
-            both = torch.stack([_squares(in_norm), _squares(excluded if c.check_finite else [])])
-            for process_group in _process_groups(kind, self.norm_group):
-                torch.distributed.all_reduce(both, group=process_group)
-            total, others = total + both[0].cpu(), others + both[1].cpu()
-        return total, math.isfinite(float(total.detach())) and math.isfinite(float(others.detach()))
+        for part in self._devices:
+            part.norm(True)
+        home = self._home
+        local = [torch.stack([_squares(i).to(home), _squares(e if c.check_finite else []).to(home)]) for i, e in sums]
+        total = self._totals(local).sum(dim=0).cpu()
+        return total[0], math.isfinite(float(total[0].detach())) and math.isfinite(float(total[1].detach()))
 
-    def _step_outside(self, o: _Outside, grad: Tensor, group: Group, norm: Tensor, c: Controls) -> None:
+    def _step_outside(self, o: _Outside, grad: Tensor, group: Group, norm: Tensor, scale: float) -> None:
         s = o.slots
-        factor: Any = (-1.0 if group["maximize"] else 1.0) / c.grad_scale
+        factor: Any = (-1.0 if group["maximize"] else 1.0) / scale
         if group.get("max_grad_norm") is not None:
             factor = factor * torch.clamp(group["max_grad_norm"] / (norm + 1e-6), max=1.0)
             if not group["differentiable"]:
@@ -267,9 +364,46 @@ class StepPlan:
 
     def _zero_grads(self) -> None:
         with torch.no_grad():
-            for p in (*self._kernel_params, *self.outside):
+            for p in self._params():
                 if p.grad is not None:
                     p.grad.zero_()
+
+
+def _add(plan: Any, s: Slots) -> bool:
+    """Hand one parameter to a native plan; False if its kernels do not serve it."""
+    local = local_shard(s.param)
+    tensors = [local_shard(t) for t in (*s.states, s.master, s.ema) if t is not None]
+    if plan is None or local.dtype not in NATIVE_DTYPES or not is_dense(local):
+        return False
+    if local.is_neg() or not all(same_strides(local, t) for t in tensors):
+        return False
+    return bool(
+        plan.add(
+            s.param,
+            local,
+            s.rule,
+            [local_shard(t) for t in s.states],
+            None if s.master is None else local_shard(s.master),
+            None if s.ema is None else local_shard(s.ema),
+            None if s.step is None else local_shard(s.step),
+            s.steps_done,
+            s.group,
+            s.count,
+        )
+    )
+
+
+def _others(slots: Sequence[Slots], params: Sequence[Tensor]) -> list[Tensor]:
+    mine = {id(p) for p in params}
+    return [s.param for s in slots if id(s.param) not in mine]
+
+
+def _skipped_on(device: torch.device, groups: list[Group]) -> Tensor:
+    """The optimizer's count of skipped steps, moved to where the device writes it."""
+    count: Tensor = groups[0]["skipped_steps"]
+    if count.device != device:
+        count = groups[0]["skipped_steps"] = count.to(device, non_blocking=True)
+    return count
 
 
 _NO_SETTINGS = ("params", "param_names", "skipped_steps")
@@ -308,6 +442,11 @@ def _is_foreign(param: Tensor) -> bool:
     """Whether the gradient cannot be read as an array of its parameter's layout."""
     grad = param.grad
     return grad is not None and (_is_sparse(grad) or grad.is_neg() or not same_strides(param, grad))
+
+
+def _readable(params: Sequence[Tensor]) -> bool:
+    """Whether kernels can read the gradients where they are."""
+    return all(_plain(p) and not _is_foreign(p) for p in params)
 
 
 def _local_grad(param: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastloop.ops import backends, checks
+from fastloop.ops.device import on_device
 from fastloop.ops.plan import DONE, NATIVE_DTYPES, SKIPPED, STALE, STOPPED, Controls, Slots, StepPlan, local_shard
 from fastloop.ops.reference import as_real, compute_dtype
 
@@ -90,9 +92,10 @@ class FusedOptimizer(Optimizer):
     # Defaults of everything private: pickle and deepcopy keep only defaults, state and param_groups.
     _plan: StepPlan | None = None
     _steps_done: Mapping[int, int] = MappingProxyType({})  # by id of the parameter, from plans that were dropped
+    _device_counts: Mapping[int, Tensor] = MappingProxyType({})  # by id of the parameter: its count on its device
     _controls: Controls | None = None
-    _norm: float | None = None
-    _found_inf: bool = False
+    _norm: float | Tensor | None = None
+    _found_inf: bool | Tensor | None = False
     _scaler_asks: bool = False
     _swapped: bool = False
     _master_versions: tuple[list[Tensor], list[int]] | None = None
@@ -130,7 +133,7 @@ class FusedOptimizer(Optimizer):
         plan = attributes.get("_plan")
         if (
             plan is None
-            or not plan.direct
+            or not (plan.direct or plan.on_device)
             or "grad_scale" in attributes
             or "found_inf" in attributes
             or self._scaler_asks
@@ -141,9 +144,12 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(f"[{type(self).__name__}] step() inside ema_weights(): leave the context first")
         if self._master_versions is not None and self._masters_moved():
             self._sync_masters()
+        if plan.on_device:
+            _check_graph_capture(self)
         outcome = plan.step(self.param_groups, self.state, attributes["_controls"])
         if outcome == DONE:
             self._norm = plan.norm
+            self._found_inf = plan.skipped_flag if plan.on_device else False
             if self._master_versions is not None:
                 self._remember_masters()
         elif outcome == STALE:
@@ -173,7 +179,7 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"[{type(self).__name__}] parameters or settings change while they are being read; another thread?"
             )
-        self._found_inf = outcome != DONE
+        self._found_inf = plan.skipped_flag if plan.on_device and outcome == DONE else outcome != DONE
         if outcome == DONE:
             self._norm = plan.norm
             self._remember_masters()
@@ -191,13 +197,15 @@ class FusedOptimizer(Optimizer):
             )
         assert outcome == SKIPPED, outcome
         self._norm = plan.norm
-        self.skipped_steps.add_(1)
+        if not plan.counts_skips:
+            self.skipped_steps.add_(1)
         if not self._counts_steps:
-            self._drop_unused_states(plan)
+            self._drop_unused_states()
 
-    def _drop_unused_states(self, plan: StepPlan) -> None:
+    def _drop_unused_states(self) -> None:
         """Without a count in the state, a buffer is what says that a first step has been done."""
-        done = plan.steps_done()
+        done = {} if self._plan is None else self._plan.steps_done()
+        done.update({key: int(count) for key, count in self._device_counts.items()})  # waits for the device
         for group in self.param_groups:
             for p in group["params"]:
                 if done.get(id(p)) == 0:
@@ -232,8 +240,8 @@ class FusedOptimizer(Optimizer):
             return fixed
         return Controls(
             max_norm=max_norm,
-            grad_scale=1.0 if scale is None else float(scale),
-            found_inf=found is not None and float(found) > 0,
+            grad_scale=1.0 if scale is None else scale,
+            found_inf=False if found is None else found,
             check_finite=fixed.check_finite or self._scaler_asks,
             stop_nonfinite=fixed.stop_nonfinite,
             zero_grads=fixed.zero_grads,
@@ -252,8 +260,10 @@ class FusedOptimizer(Optimizer):
             self.__dict__.pop("grad_scale", None)
 
     def found_inf_of_last_step(self, device: torch.device) -> Tensor:
-        """1.0 if the last step was skipped for gradients that were not finite, else 0.0."""
-        return torch.full((), float(self._found_inf), dtype=torch.float32, device=device)
+        """1.0 if the last step was skipped for gradients that were not finite, else 0.0; waits for no device."""
+        if isinstance(self._found_inf, Tensor):
+            return self._found_inf.to(device=device, dtype=torch.float32, copy=True, non_blocking=True)
+        return torch.full((), float(bool(self._found_inf)), dtype=torch.float32, device=device)
 
     # ---- building the plan
 
@@ -268,6 +278,11 @@ class FusedOptimizer(Optimizer):
     def _build_plan(self) -> None:
         where = type(self).__name__
         backend = self.defaults.get("backend", "auto")
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"[{where}] parameters, gradients or settings are not those of the last step, and a graph is being "
+                "captured: make one step outside of the capture first"
+            )
         checks.check_no_overlap(
             where,
             (
@@ -295,11 +310,13 @@ class FusedOptimizer(Optimizer):
                     )
                 if not (p.is_floating_point() or p.is_complex()):
                     raise RuntimeError(f"[{where}] parameters must be floating-point or complex, got dtype {p.dtype}")
-                if backend == "cpu":
-                    check_served_by_cpu(where, p, bool(group["differentiable"]))
+                if backend not in ("auto", "reference"):
+                    check_served(where, p, backend, bool(group["differentiable"]))
                 self._check_state(p, self._state_names(group))
                 stepped.append((index, group, p))
         slots = [self._slots(index, group, p) for index, group, p in stepped]
+        slots = self._with_device_counts(slots, backend)
+        _ = self.skipped_steps  # there before a device writes it
         plan = StepPlan(self._hyper, self._structure, self._serves_sparse, self.defaults.get("norm_group"))
         plan.build(self.param_groups, self.state, slots, backend)
         self._plan = plan
@@ -324,11 +341,15 @@ class FusedOptimizer(Optimizer):
         state = self.state.get(p, {})  # entered below: as in torch, a parameter without states has no entry
         names = self._state_names(group)
         done = 0
+        device = local_shard(p).device
         if self._counts_steps:
+            kernels = backends.device_kernels(self.defaults.get("backend", "auto"), device)
             if not isinstance(state.get("step"), Tensor):
-                state["step"] = step_tensor(state.get("step", 0.0), p, group)
-            done = int(state["step"])
-            done = self._steps_done.get(id(p), done)
+                state["step"] = step_tensor(state.get("step", 0.0), p, group, on_device=kernels is not None)
+            if kernels is not None and local_shard(state["step"]).device != device:
+                state["step"] = state["step"].to(device, non_blocking=True)
+            if kernels is None:
+                done = self._steps_done.get(id(p), int(state["step"]))
         elif names and state.get(names[0]) is not None:
             done = self._steps_done.get(id(p), 1)
         copies = compute_dtype(p.dtype)
@@ -361,6 +382,26 @@ class FusedOptimizer(Optimizer):
             step=state.get("step") if self._counts_steps else None,
             steps_done=done,
         )
+
+    def _with_device_counts(self, slots: list[Slots], backend: str) -> list[Slots]:
+        """Slots of parameters on devices with the integer that counts their updates there.
+
+        -1 differs from every count that a state publishes, which then wins.
+        """
+        new: dict[torch.device, list[Slots]] = {}
+        for s in slots:
+            device = local_shard(s.param).device
+            if backends.device_kernels(backend, device) is None:
+                continue
+            count = self._device_counts.get(id(s.param))
+            if count is None or count.device != device:
+                new.setdefault(device, []).append(s)
+        counts = dict(self._device_counts)
+        for device, missing in new.items():
+            start = torch.tensor([-1 if s.step is not None else s.steps_done for s in missing], dtype=torch.int64)
+            counts |= zip((id(s.param) for s in missing), on_device(start, device).unbind(), strict=True)
+        self._device_counts = counts
+        return [replace(s, count=counts.get(id(s.param))) for s in slots]
 
     def _dtype_of_states(self, p: Tensor) -> torch.dtype:
         wanted = self.defaults.get("state_dtype")
@@ -410,7 +451,8 @@ class FusedOptimizer(Optimizer):
         if norm is None:
             return None
         wide = any(p.dtype in (torch.float64, torch.complex128) for g in self.param_groups for p in g["params"])
-        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+        dtype = torch.float64 if wide else torch.float32
+        return norm.to(dtype, copy=True) if isinstance(norm, Tensor) else torch.tensor(norm, dtype=dtype)
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -513,9 +555,16 @@ class FusedOptimizer(Optimizer):
             _ = self.skipped_steps  # there from the start, so that a state_dict always has it
         self._forget_plan()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. SGD's momentum buffers of parameters whose every step was skipped are left out."""
+        if not self._counts_steps and self._device_counts:
+            self._drop_unused_states()
+        return super().state_dict()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_plan()
         self._steps_done = {}
+        self._device_counts = {}
         super().__setstate__(state)
         for group in self.param_groups:
             for key in OUR_KEYS:
@@ -585,9 +634,10 @@ def check_settings(where: str, defaults: dict[str, Any], ours: dict[str, Any]) -
     for name in ("error_if_nonfinite", "master_weights", "zero_grads"):
         if not isinstance(ours[name], bool):
             raise TypeError(f"[{where}] {name} must be a bool, got {ours[name]!r}")
-    if ours["backend"] == "cpu" and defaults.get("differentiable"):
+    if ours["backend"] not in ("auto", "reference") and defaults.get("differentiable"):
         raise RuntimeError(
-            f'[{where}] differentiable=True runs on the reference backend, got backend="cpu"; use backend="auto"'
+            f'[{where}] differentiable=True runs on the reference backend, got backend="{ours["backend"]}"; '
+            'use backend="auto"'
         )
     return ours
 
@@ -620,25 +670,29 @@ def check_numbers(where: str, group: dict[str, Any], hyper: Sequence[tuple[str, 
         value = group[key]
         try:
             number = value if index < 0 else value[index]
-            float(number.detach() if isinstance(number, Tensor) else number)
+            if isinstance(number, Tensor) and number.numel() == 1 and not number.is_complex():
+                continue  # its value may be on a device, and reading it would wait
+            float(number)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             wanted = "a number" if index < 0 else "two numbers"
             raise TypeError(f"[{where}] {key} must be {wanted}, got {value!r} in a param group") from error
 
 
-def check_served_by_cpu(where: str, p: Tensor, differentiable: bool) -> None:
-    """Raise if backend="cpu" was asked for and the CPU kernels cannot serve the parameter."""
+def check_served(where: str, p: Tensor, backend: str, differentiable: bool) -> None:
+    """Raise if one backend was asked for and its kernels cannot serve the parameter."""
     local = local_shard(p)
     reason = None
-    if local.device.type != "cpu":
+    if backend == "cpu" and local.device.type != "cpu":
         reason = f"is on {local.device}"
+    elif backend != "cpu" and backends.device_kernels(backend, local.device) is None:
+        reason = f"is on {local.device}: {backends.why_not_on(backend, local.device)}"
     elif local.dtype not in NATIVE_DTYPES:
         reason = f"has dtype {local.dtype}"
     elif differentiable:
         reason = "is in a group with differentiable=True"
     if reason is not None:
         raise RuntimeError(
-            f'[{where}] backend="cpu" cannot step a parameter of shape {tuple(p.shape)} that {reason}; '
+            f'[{where}] backend="{backend}" cannot step a parameter of shape {tuple(p.shape)} that {reason}; '
             'use backend="auto"'
         )
 
@@ -657,11 +711,11 @@ def check_number(where: str, name: str, value: Any, low: float, high: float | No
         raise ValueError(f"[{where}] Invalid {as_torch}: {value!r}; {name} must be {bounds}, pass e.g. {hint}")
 
 
-def step_tensor(count: float, p: Tensor, group: dict[str, Any]) -> Tensor:
-    """torch's 0-dim count of steps, where torch keeps it."""
-    on_device = group.get("capturable") or group.get("fused")
+def step_tensor(count: float, p: Tensor, group: dict[str, Any], on_device: bool = False) -> Tensor:
+    """torch's 0-dim count of steps, where torch keeps it; beside its parameter where a device counts."""
+    on_device = on_device or bool(group.get("capturable") or group.get("fused"))
     dtype = torch.float32 if group.get("fused") else scalar_dtype()
-    return torch.tensor(float(count), dtype=dtype, device=p.device if on_device else "cpu")
+    return torch.full((), float(count), dtype=dtype, device=p.device if on_device else "cpu")
 
 
 def scalar_dtype() -> torch.dtype:

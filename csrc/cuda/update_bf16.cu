@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/select.h"
+
+namespace fastloop {
+namespace device {
+
+const void* find_update_bf16(int rule, const Storage& storage) {
+  return Select<BF16, BF16, float>::find(rule, storage);
+}
+
+}  // namespace device
+}  // namespace fastloop

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a step that runs on one device in two launches for each combination of dtypes, without waiting for it.
+
+The native plan checks groups, states and addresses on the host and writes what changed to the front of a table
+(csrc/core/device_table.h). Norm launches deliver it, or one copy does; update launches read the table. The host learns
+nothing of the outcome: norm, skipped steps and counts of steps stay on the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloop.ops.backends import native
+from fastloop.ops.cuda import DTYPES
+from fastloop.ops.launches import BucketLaunches, BucketSpec, DeviceBackend, count_copy
+
+
+class DevicePart:
+    """Parameters of one device. `add` them, `finish`, and then for each step `refresh`, `norm`, `update`, `close`.
+
+    Args:
+        kernels: the backend that launches.
+        device: where all parameters, gradients and states are.
+        hyper, structure: as for StepPlan.
+    """
+
+    def __init__(
+        self, kernels: DeviceBackend, device: torch.device, hyper: Sequence[tuple[str, int]], structure: Sequence[str]
+    ) -> None:
+        module = native()
+        assert module is not None
+        self.device = device
+        self.params: list[Tensor] = []
+        self.reads_grads = True  # .grad as it is; else copies in the parameters' layout are handed in
+        self.plan = module.Plan(list(hyper), list(structure), dlpack_device(device))
+        self._kernels = kernels
+        self._launches: list[BucketLaunches] = []
+        self._changed = False
+        self._held: tuple[Any, ...] = ()  # what the launches of this step read beside the table
+
+    def finish(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], elsewhere: list[Tensor], kinds: list[int],
+        skipped: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Build the table. `kinds` numbers, for each parameter, the sums that its norm belongs to."""
+        self.plan.finish(groups, state, elsewhere)
+        table = self.plan.make_table(kinds)
+        self._address: int = table.address
+        self._front: int = table.front_words
+        self._words = _host_words(table.address, table.words)
+        self._keep_table = table
+        self.table = on_device(self._words.clone(), self.device)
+        self._spare = self._staging()  # for a step that is captured in a graph: pinned memory cannot be made there
+        self._captured: list[Tensor] = []
+        most = self._kernels.blocks(self.device)
+        buckets = table.buckets
+        programs = [max(1, min(bucket["chunks"], most)) for bucket in buckets]
+        self.sums = torch.zeros((sum(programs), 2), dtype=torch.float64, device=self.device)
+        self.result = torch.zeros(2, dtype=torch.float64, device=self.device)
+        tickets = torch.zeros(len(buckets), dtype=torch.int32, device=self.device)
+        rows, tensors, chunks = table.layout
+        self._rows_of_kind: dict[int, slice] = {}
+        start = 0
+        for i, (bucket, count) in enumerate(zip(buckets, programs, strict=True)):
+            spec = BucketSpec(
+                device=self.device,
+                rule=bucket["rule"],
+                param=DTYPES[bucket["param"]],
+                grad=DTYPES[bucket["grad"]],
+                state=DTYPES[bucket["state"]],
+                master=bucket["master"],
+                ema=bucket["ema"],
+                rows=rows,
+                tensors=tensors,
+                chunks=chunks,
+                first_tensor=bucket["first_tensor"],
+                bucket_tensors=bucket["tensors"],
+                first_chunk=bucket["first_chunk"],
+                bucket_chunks=bucket["chunks"],
+                table=self.table,
+                sums=self.sums[start : start + count],
+                ticket=tickets[i : i + 1],
+                result=self.result,
+                skipped=skipped if i == 0 else None,
+            )
+            self._launches.append(self._kernels.bucket(spec))
+            known = self._rows_of_kind.get(bucket["kind"])
+            self._rows_of_kind[bucket["kind"]] = slice(start if known is None else known.start, start + count)
+            start += count
+
+    def refresh(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        grads: list[Tensor | None] | None,
+        grad_scale: float | Tensor,
+        found_inf: bool | Tensor,
+        check_finite: bool,
+        zero_grads: bool,
+    ) -> bool:
+        """Check that the plan still holds and note what this step says. False: stale, nothing was touched.
+
+        Args:
+            grads: gradients to use, None to read each parameter's `.grad`.
+        """
+        scale = self._scalar(grad_scale, 1.0)
+        found = self._scalar(found_inf, False)
+        addresses = [0 if t is None else t.data_ptr() | (t.dtype == torch.float64) for t in (scale, found)]
+        changed = self.plan.refresh(groups, state, grads, *addresses, check_finite, zero_grads)
+        if changed is None:
+            return False
+        self._changed = self._changed or changed
+        self._held = (scale, found, grads)
+        return True
+
+    def _scalar(self, value: float | bool | Tensor, absent: float | bool) -> Tensor | None:
+        """A setting as a scalar on the device, without waiting for it; None for the neutral value."""
+        if not isinstance(value, Tensor):
+            if value == absent:
+                return None
+            return torch.full((), float(value), dtype=torch.float64, device=self.device)
+        if value.device == self.device and value.dtype in (torch.float32, torch.float64):
+            return value.detach()
+        return value.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
+
+    def norm(self, measure: bool) -> None:
+        """Launch 1: deliver what changed and, with `measure`, write the partial sums to `sums`."""
+        words = 0
+        if self._changed:
+            self._changed = False
+            if self._front <= self._kernels.INLINE_WORDS:
+                words = self._front
+            else:
+                self._copy_front()
+        if measure:
+            for launches in self._launches:
+                launches.norm(self._address, words)
+                words = 0
+        elif words:
+            self._launches[0].norm(self._address, words)
+
+    def update(self, sums: Tensor) -> None:
+        """Launch 2, with the norm that the rows of `sums` (float64 [n, 2], on this device) add up to."""
+        for launches in self._launches:
+            launches.update(sums)
+        self.plan.count_versions()
+
+    def sums_of_kind(self, kind: int) -> Tensor:
+        """Sums of squares of one kind: float64 [2], on the device."""
+        rows = self._rows_of_kind.get(kind)
+        if rows is None:
+            return torch.zeros(2, dtype=torch.float64, device=self.device)
+        return self.sums[rows].sum(dim=0)
+
+    def _staging(self) -> Tensor | None:
+        if self.device.type != "cuda" or self._front <= self._kernels.INLINE_WORDS:
+            return None
+        return torch.empty(self._front, dtype=torch.int64, pin_memory=True)
+
+    def _copy_front(self) -> None:
+        """One asynchronous copy from memory that nobody writes again before the copy has been made."""
+        count_copy()
+        front = self._words[: self._front]
+        if self.device.type != "cuda":
+            self.table[: self._front].copy_(front)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            if self._spare is None:
+                raise RuntimeError(
+                    "[fastloop] a second graph captures a step of this optimizer before a step was made outside of "
+                    "a capture; make one in between"
+                )
+            staging, self._spare = self._spare, None
+            self._captured.append(staging)  # a replay reads it again
+        else:
+            if self._spare is None:
+                self._spare = self._staging()
+            staging = torch.empty(self._front, dtype=torch.int64, pin_memory=True)  # torch reuses it after the copy
+        staging.copy_(front)
+        self.table[: self._front].copy_(staging, non_blocking=True)
+
+
+def dlpack_device(device: torch.device) -> tuple[int, int]:
+    """DLPack's type and number of a device."""
+    kind, index = torch.empty(0, device=device).__dlpack_device__()
+    return int(kind), int(index)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`, asynchronous for a GPU."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, copy=True)
+
+
+def _host_words(address: int, count: int) -> Tensor:
+    """The table in the native plan's memory, as a tensor."""
+    return torch.frombuffer((ctypes.c_int64 * count).from_address(address), dtype=torch.int64)
