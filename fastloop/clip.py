@@ -34,8 +34,8 @@ def get_total_norm(
 
     Returns:
         0-dim tensor: float64 if a tensor is, else float32, also for float16 and bfloat16 (whose norm overflows in their
-        own dtype). A DTensor if the tensors are. `tensor(0.)` for no tensors. Bitwise the same for every number of
-        threads and, below float64, for every instruction set.
+        own dtype). A DTensor if the tensors are, all on one mesh. `tensor(0.)` for no tensors. Bitwise the same for
+        every number of threads and, below float64, for every instruction set.
 
     Raises:
         RuntimeError: the norm is not finite and error_if_nonfinite.
@@ -190,9 +190,11 @@ def _total_norm(tensors: list[Tensor], p: float) -> Tensor:
         return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]), p)
     # No kernel for this: norms one by one in a dtype that does not overflow, on the first tensor's device.
     norms = [_norm(t, p).to(device) for t in tensors]
-    if any(hasattr(n, "full_tensor") for n in norms):
+    meshes = {getattr(n, "device_mesh", None) for n in norms}
+    if None not in meshes and len(meshes) == 1:
         return torch.linalg.vector_norm(torch.stack(norms), p)
-    return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]), p)
+    # Several meshes, or plain tensors beside DTensors, of which torch makes no sum: each norm is completed first.
+    return torch.linalg.vector_norm(torch.stack([_full(n).to(dtype) for n in norms]), p)
 
 
 def _norm(t: Tensor, p: float) -> Tensor:
@@ -207,7 +209,8 @@ def _norm(t: Tensor, p: float) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh, placements = t.device_mesh, t.placements  # type: ignore[attr-defined]
-    parts = [Partial("max") if placement.is_shard() else placement for placement in placements]
+    # not is_shard(), which is False for strided shards
+    parts = [placement if placement.is_replicate() else Partial("max") for placement in placements]
     return DTensor.from_local(norm, mesh, parts).redistribute(placements=[Replicate()] * mesh.ndim)
 
 

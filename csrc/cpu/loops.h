@@ -58,7 +58,7 @@ struct Update {
   // slot points at the first of kLanes elements.
   static FASTLOOP_INLINE void vector(void* const* slot, std::int64_t i, const Scalars& c) {
     V p = kHasMaster ? load(at<T>(slot[kMaster], i)) : load(at<P>(slot[kParam], i));
-    V g = load(at<G>(slot[kGrad], i)) * c.grad_factor;
+    V g = product(load(at<G>(slot[kGrad], i)), V{} + c.grad_factor);
     if (c.clip_by_value) g = clamp(g, c.clip_value);
     V s[Rule::kStates + 1];
     for (int k = 0; k < Rule::kStates; ++k) s[k] = load(at<S>(slot[kState + k], i));
@@ -71,7 +71,7 @@ struct Update {
     if constexpr (kHasEma) {  // of the master copy where there is one, else of the parameter as it is stored
       if constexpr (!kHasMaster) p = as_stored(p, static_cast<const P*>(nullptr));
       T* ema = at<T>(slot[kEma], i);
-      store(ema, c.ema_decay * load(ema) + c.ema_weight * p);
+      store(ema, c.ema_decay * load(ema) + product(V{} + c.ema_weight, p));
     }
     if (c.zero_grads) std::memset(at<G>(slot[kGrad], i), 0, sizeof(G) * kLanes);
   }

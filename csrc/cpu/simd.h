@@ -220,6 +220,19 @@ FASTLOOP_INLINE Full<double> sqrt(Full<double> v) {
 #endif
 }
 
+// a * b, rounded by itself. In a sum of two products the compiler may fuse either one with the addition, and it does
+// not choose alike in every copy of a loop: an element's bits would depend on its place in the tensor.
+template <class V>
+FASTLOOP_INLINE V product(V a, V b) {
+  V p = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(p));
+#elif defined(__aarch64__)
+  asm("" : "+w"(p));
+#endif
+  return p;
+}
+
 // The larger one; NaN if either is NaN, as torch.maximum.
 template <class V>
 FASTLOOP_INLINE V max(V a, V b) {

@@ -177,6 +177,20 @@ FASTLOOP_DEVICE void store_lanes(S* to, const T (&lanes)[kLanes]) {
 
 FASTLOOP_DEVICE float sqrt(float v) { return ::sqrtf(v); }
 FASTLOOP_DEVICE double sqrt(double v) { return ::sqrt(v); }
+// a * b, rounded by itself: which of two products is fused with their sum is not left to the compiler.
+#ifdef FASTLOOP_CUDA_EMULATED
+FASTLOOP_DEVICE float product(float a, float b) {
+  volatile float p = a * b;
+  return p;
+}
+FASTLOOP_DEVICE double product(double a, double b) {
+  volatile double p = a * b;
+  return p;
+}
+#else
+FASTLOOP_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+FASTLOOP_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+#endif
 // NaN wins, as torch.maximum.
 FASTLOOP_DEVICE float max(float a, float b) { return b > a || b != b ? b : a; }
 FASTLOOP_DEVICE double max(double a, double b) { return b > a || b != b ? b : a; }

@@ -290,7 +290,7 @@ struct Update {
       T state[kStates + 1];
       FASTLOOP_UNROLL
       for (int k = 0; k < kStates; ++k) state[k] = v.s[k][e];
-      c.rule.step(v.p[e], clamp(v.g[e] * c.grad_factor, c.clip_value), state);
+      c.rule.step(v.p[e], clamp(product(v.g[e], c.grad_factor), c.clip_value), state);
       FASTLOOP_UNROLL
       for (int k = 0; k < kStates; ++k) v.s[k][e] = state[k];
       if constexpr (kHasEma) {  // of the master copy where there is one, else of the parameter as it is stored
@@ -300,7 +300,7 @@ struct Update {
           narrow(&stored, seen);
           seen = widen(stored);
         }
-        v.ema[e] = c.ema_decay * v.ema[e] + c.ema_weight * seen;
+        v.ema[e] = c.ema_decay * v.ema[e] + product(c.ema_weight, seen);
       }
     }
   }

@@ -48,7 +48,7 @@ struct Adam {
     V& m = s[0];
     V& v = s[1];
     m = m + one_minus_beta1 * (g - m);
-    v = beta2 * v + one_minus_beta2 * g * g;
+    v = beta2 * v + product(one_minus_beta2 * g, g);
     V second = v;
     if constexpr (kAmsgrad) second = s[2] = max(s[2], v);
     p = p - step_size * m / (sqrt(second) * inv_sqrt_correction2 + eps);

@@ -6,8 +6,9 @@
 //   enum Hyper {..., kHypers}      the order of the doubles that prepare reads
 //   prepare(hyper, t)              hyperparameters of step t (the first step is t = 1)
 //   step(p, g, s)                  one element, or one vector of elements V, of parameter, gradient and states
-// step uses + - * /, sqrt(V) and max(V, V) and knows no threads, blocks or storage types. A setting is a template
-// parameter only where it changes the memory traffic; a branch on a hyperparameter is the same for all elements.
+// step uses + - * /, sqrt(V), max(V, V) and product(V, V), which is never fused with an addition, and knows no threads,
+// blocks or storage types. A setting is a template parameter only where it changes the memory traffic; a branch on a
+// hyperparameter is the same for all elements.
 //
 // The including file names the namespace, so that the same rule compiled for several instruction sets stays several
 // functions.

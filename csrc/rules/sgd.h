@@ -38,7 +38,7 @@ struct Sgd {
     if (l2 != 0) g = g + l2 * p;  // a branch, not 0*p: a parameter may be -inf
     if constexpr (kMomentum) {
       V& b = s[0];
-      b = momentum * b + grad_weight * g;
+      b = momentum * b + product(V{} + grad_weight, g);
       g = nesterov ? g + momentum * b : b;
     }
     p = p - lr * g;

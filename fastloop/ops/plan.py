@@ -110,7 +110,8 @@ class StepPlan:
         if not self._devices and backend in ("auto", "cpu") and not all(g.get("differentiable") for g in groups):
             self._cpu_plan()  # watches the groups, if only for a first gradient
         self._kinds = [None] if self.norm_group is not None else []
-        for kind in (_reduction(s.param) for s in slots):
+        # Of all parameters, planned here or not: another process may have a gradient where this one has none.
+        for kind in (_reduction(p) for g in groups for p in g["params"]):
             if kind not in self._kinds:
                 self._kinds.append(kind)
         if self._native is not None:
@@ -148,7 +149,8 @@ class StepPlan:
         return cpu and backend in ("auto", "cpu") and not groups[s.group].get("differentiable")
 
     def _may_be_direct(self) -> bool:
-        if self._native is None or self._devices or self._outside or self.norm_group is not None:
+        spread = any(_process_groups(kind, self.norm_group) for kind in self._kinds)
+        if self._native is None or self._devices or self._outside or spread:
             return False
         return _readable(self._kernel_params)
 
@@ -486,7 +488,8 @@ def _reduction(param: Tensor) -> Any:
     if _plain(param):
         return None
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    sharded = tuple(i for i, placement in enumerate(placements) if placement.is_shard())
+    # not is_shard(), which is False for the strided shards of FSDP2 over tensor parallelism
+    sharded = tuple(i for i, placement in enumerate(placements) if not placement.is_replicate())
     return mesh, sharded
 
 

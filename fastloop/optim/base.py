@@ -108,10 +108,11 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if settings["max_grad_norm"] is not None and settings["norm_group"] is None and _built_by_zero():
+        measured = "max_grad_norm" if settings["max_grad_norm"] is not None else "error_if_nonfinite"
+        if settings[measured] and settings["norm_group"] is None and _built_by_zero():
             raise ValueError(
-                f"[{where}] max_grad_norm under ZeroRedundancyOptimizer needs norm_group=, the process group over "
-                "which the norm is summed: each rank sees a part of the parameters and would clip by its own norm"
+                f"[{where}] {measured} under ZeroRedundancyOptimizer needs norm_group=, the process group over which "
+                "the norm is summed: each rank sees a part of the parameters and would clip, or raise, by its own norm"
             )
 
     # ---- what a subclass says
