@@ -6,12 +6,12 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
-NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' 2>/dev/null)
+NATIVE_SOURCES := CMakeLists.txt cmake/nvcc.cmake $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 CPP_FILES      := $(filter csrc/%,$(NATIVE_SOURCES))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build bench perf-guard test test-slow test-sanitize test-neon test-all lint format gpu docs wheel clean
+.PHONY: help build emulated bench perf-guard aot test test-slow test-sanitize test-neon test-all lint format gpu docs wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,13 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py fastloop/_version.py 
 
 build: $(VENV)/.built  ## .venv with the pinned dependencies and an editable build
 
+# Configured each time (a second): the folder is shared by the interpreters of different VENVs.
+emulated: $(VENV)/.installed  ## the CUDA sources as C++, for tests on a machine without a GPU
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -S . -B build/emulated -G Ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" \
+	  -DFASTLOOP_BUILD_MODULE=OFF -DFASTLOOP_BUILD_EMULATED=ON -DFASTLOOP_WERROR=ON
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake --build build/emulated --target _cuda_emulated
+
 # ---- Measure ----------------------------------------------------------------------------------------------------
 
 bench: build  ## the benchmark: clip + step of real models, and a real training, against torch
@@ -43,10 +50,14 @@ bench: build  ## the benchmark: clip + step of real models, and a real training,
 perf-guard: build  ## what must never get worse and does not depend on the machine's mood
 	$(PY) -m fastloop.bench guard
 
+aot: build  ## the GPU kernels' machine code, against benchmarks/aot-golden.json
+	$(PY) -m fastloop.bench aot --check
+
 # ---- Test -------------------------------------------------------------------------------------------------------
 
-test: build  ## what a change must pass
+test: build emulated  ## what a change must pass
 	$(PYTEST) -m "not slow" $(ARGS)
+	$(PY) -m fastloop.bench aot --check
 
 test-slow: build  ## the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
@@ -59,11 +70,13 @@ test-neon: $(VENV)/.installed  ## native tests cross-compiled for aarch64, under
 
 test-all: test test-slow test-sanitize test-neon  ## everything; CI runs this
 
-gpu: build  ## tests that need a CUDA device
-	@$(PY) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
-	  { echo "make gpu: torch sees no CUDA device on this machine. This version of fastloop has CPU kernels only;" \
-	         "the GPU backends come in later releases." >&2; exit 1; }
-	$(PYTEST) -m gpu $(ARGS)
+# A machine with a GPU has its own torch, and often no network: the Python that has one is used as it is.
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' \
+                2>/dev/null && echo $(PYTHON) || echo $(PY))
+
+gpu:  ## on a machine with a GPU: build, tests marked gpu, compute-sanitizer, measurements; GPU_PYTHON names the Python
+	$(if $(filter $(PY),$(GPU_PYTHON)),@$(MAKE) build)
+	@scripts/gpu.sh $(GPU_PYTHON) $(ARGS)
 
 # ---- Check ------------------------------------------------------------------------------------------------------
 
@@ -81,17 +94,18 @@ format: $(VENV)/.installed  ## rewrites Python and C++ sources in the project's 
 docs: build  ## links resolve, examples run
 	$(PY) scripts/check_docs.py
 	$(PY) scripts/readme_table.py --check
+	$(PY) scripts/gpu_results.py --check
 
 # ---- Ship -------------------------------------------------------------------------------------------------------
 
 wheel: $(VENV)/.installed  ## manylinux wheel of this Python, in dist/
 	rm -rf dist build/raw-wheel
-	$(PY) -m build --no-isolation --outdir build/raw-wheel .
+	FASTLOOP_CUDA_ARCHITECTURES=wheel $(PY) -m build --no-isolation --outdir build/raw-wheel .
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 -w dist build/raw-wheel/*.whl
 	cp build/raw-wheel/*.tar.gz dist/
 	$(PY) -m auditwheel show dist/*.whl
 
 clean:  ## builds and caches; .venv stays
-	rm -rf build dist *.egg-info fastloop/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info fastloop/_native*.so fastloop/_cuda*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find fastloop tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	rm -f $(VENV)/.built

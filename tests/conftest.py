@@ -44,14 +44,23 @@ def _emulated_cuda() -> None:
         cuda.emulate(module)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted kernels take tenths of a second a step: all that runs on every backend is slow there.
+# Interpreted kernels take tenths of a second a step. tests/test_triton.py and tests/test_device.py run them in every test
+# run; of the tests that every backend takes, Triton takes those of the kernels, as slow ones. What is above the kernels
+# is the same for both device backends, and emulated CUDA is fast.
+INTERPRETED_FILES = ("test_contract.py", "test_numerics.py", "test_master.py", "test_ema.py")
 
-    tests/test_triton.py and tests/test_device.py run them in every test run.
-    """
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
     for item in items:
-        if getattr(item, "callspec", None) is not None and item.callspec.params.get("backend") == "triton":
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        triton = params.get("backend") == "triton" and item.get_closest_marker("gpu") is None
+        if triton:
             item.add_marker(pytest.mark.slow)
+        (dropped if triton and item.path.name not in INTERPRETED_FILES else kept).append(item)
+    if dropped and not HAS_GPU:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
 
 
 @pytest.fixture(params=BACKENDS)

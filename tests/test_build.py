@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,13 +48,15 @@ def checkout(tmp_path: Path) -> Path:
     for name in SHIPPED:
         shutil.copy(ROOT / name, copy / name)
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "cmake", copy / "cmake")
     shutil.copytree(ROOT / "csrc", copy / "csrc", ignore=ignore)
     shutil.copytree(ROOT / "fastloop", copy / "fastloop", ignore=ignore)
     return copy
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTLOOP_") and k not in ("CXX", "PYTHONPATH")}
+    ours = ("CXX", "CUDACXX", "PYTHONPATH")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("FASTLOOP_") and k not in ours}
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -61,6 +65,24 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def cuda_module() -> Path:
+    spec = importlib.util.find_spec("fastloop._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the CUDA module (built where a CUDA toolkit is found)")
+    return Path(spec.origin)
+
+
+def global_symbols(module: Path) -> list[str]:
+    elffile = pytest.importorskip("elftools.elf.elffile", reason="needs pyelftools (comes with auditwheel)")
+    with module.open("rb") as stream:
+        return [
+            s.name
+            for s in elffile.ELFFile(stream).get_section_by_name(".dynsym").iter_symbols()
+            if s["st_shndx"] != "SHN_UNDEF" and s["st_info"]["bind"] == "STB_GLOBAL"
+        ]
 
 
 def needed_libraries(module: Path) -> list[str]:
@@ -90,14 +112,7 @@ def test_native_module_asks_for_no_torch_symbol(native_module: Path) -> None:
 
 
 def test_native_module_exports_only_its_entry_point(native_module: Path) -> None:
-    elffile = pytest.importorskip("elftools.elf.elffile", reason="needs pyelftools (comes with auditwheel)")
-    with native_module.open("rb") as stream:
-        exported = [
-            s.name
-            for s in elffile.ELFFile(stream).get_section_by_name(".dynsym").iter_symbols()
-            if s["st_shndx"] != "SHN_UNDEF" and s["st_info"]["bind"] == "STB_GLOBAL"
-        ]
-    assert exported == ["PyInit__native"]
+    assert global_symbols(native_module) == ["PyInit__native"]
 
 
 def test_process_has_one_openmp_runtime(native_module: Path, tmp_path: Path) -> None:
@@ -135,9 +150,114 @@ def test_instruction_sets_do_not_leak() -> None:
 
 def test_cmake_lists_every_native_source() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
+    sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.c*"))]
+    assert {Path(path).suffix for path in sources} == {".cpp", ".cu"}
     assert sources
     assert [path for path in sources if path not in listed] == []
+
+
+# ---- The CUDA module -----------------------------------------------------------------------------
+
+
+def test_cuda_module_links_neither_torch_nor_a_driver(cuda_module: Path) -> None:
+    needed = needed_libraries(cuda_module)
+    assert [name for name in needed if not SYSTEM_LIBRARIES.match(name)] == []
+    assert global_symbols(cuda_module) == ["PyInit__cuda"]
+
+
+def test_cuda_module_imports_without_a_driver(cuda_module: Path, tmp_path: Path) -> None:
+    # No device is visible, whatever the machine has; torch is not imported before.
+    script = (
+        "import importlib.util as u\ns = u.spec_from_file_location('_cuda', {!r})\nu.module_from_spec(s)\nprint('ok')"
+    )
+    result = run(sys.executable, "-c", script.format(str(cuda_module)), cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.stdout == "ok\n", result.stderr
+
+
+def test_development_environment_compiles_the_cuda_sources() -> None:
+    if importlib.util.find_spec("nvidia") is None or not list(find_pip_nvcc()):
+        pytest.skip("needs nvcc from the packages of requirements-dev.txt")
+    if importlib.util.find_spec("fastloop._native") is None:
+        pytest.skip("needs a native build (FASTLOOP_NATIVE=ON)")
+    assert importlib.util.find_spec("fastloop._cuda") is not None, "nvcc is here, and fastloop._cuda was not built"
+
+
+def find_pip_nvcc() -> list[Path]:
+    return [path for folder in importlib.import_module("nvidia").__path__ for path in Path(folder).glob("cu*/bin/nvcc")]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs CMake for the machine code of one architecture: what setup.py does, less the modules."""
+    cmake, ninja = (shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") for name in TOOLS)
+    if cmake is None or ninja is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake, ninja and a C++ compiler")
+
+    def configure(*definitions: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        fixed = ["-DFASTLOOP_BUILD_MODULE=OFF", "-DFASTLOOP_CUBINS=90", f"-DPython_EXECUTABLE={sys.executable}"]
+        tools = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        return run(cmake, "-S", ROOT, "-B", tmp_path / "build", *tools, *fixed, *definitions, cwd=ROOT, **environment)
+
+    return configure
+
+
+TOOLS = ("cmake", "ninja")
+
+
+def words(result: subprocess.CompletedProcess[str]) -> str:
+    """What CMake said, without its line breaks."""
+    return " ".join((result.stdout + result.stderr).split())
+
+
+def test_cuda_on_without_a_toolkit_stops_with_the_remedy(configure: Callable[..., Any]) -> None:
+    result = configure("-DFASTLOOP_CUDA=ON", CUDACXX="/nonexistent/nvcc")
+    assert result.returncode != 0
+    assert "FASTLOOP_CUDA=ON needs a CUDA toolkit that works" in words(result)
+    assert "/nonexistent/nvcc" in words(result)
+    assert "pip install nvidia-cuda-nvcc" in words(result)
+
+
+def test_cuda_auto_without_a_toolkit_builds_without(configure: Callable[..., Any]) -> None:
+    result = configure("-DFASTLOOP_CUDA=AUTO", CUDACXX="/nonexistent/nvcc")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA kernels: not built" in words(result)
+
+
+def test_a_toolkit_that_cannot_compile_is_not_used(configure: Callable[..., Any], tmp_path: Path) -> None:
+    fake = tmp_path / "nvcc"
+    fails = 'case "$*" in *dryrun*) ;; *) echo planted; exit 1;; esac'
+    fake.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}' >&2\n{fails}\n")
+    fake.chmod(0o755)
+    assert f"no libcudart_static.a under {tmp_path}" in words(configure(CUDACXX=str(fake)))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart_static.a").touch()
+    result = configure(CUDACXX=str(fake))
+    assert result.returncode == 0, result.stderr
+    assert re.search("cannot compile a kernel: .*planted", words(result))
+
+
+def test_misspelt_architectures_are_refused(configure: Callable[..., Any]) -> None:
+    result = configure("-DFASTLOOP_CUDA_ARCHITECTURES=hopper")
+    assert result.returncode != 0
+    assert "FASTLOOP_CUDA_ARCHITECTURES must be" in words(result)
+    assert "got 'hopper'" in words(result)
+
+
+def test_wheels_serve_every_architecture(checkout: Path) -> None:
+    """The gencode flags of a wheel, from cmake/nvcc.cmake alone: nothing is compiled."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    (checkout / "flags.cmake").write_text(
+        "include(cmake/nvcc.cmake)\nset(FASTLOOP_CUDA_ARCHITECTURES wheel)\n"
+        'fastloop_cuda_architectures(a)\nfastloop_gencode(flags "${a}")\nmessage("${flags}")\n'
+    )
+    flags = run(cmake, "-P", "flags.cmake", cwd=checkout).stderr.strip().split(";")
+    architectures = (75, 80, 86, 89, 90, 100, 120)
+    assert flags == [
+        *[f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures],
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
 
 
 # ---- The package ---------------------------------------------------------------------------------
@@ -183,13 +303,6 @@ def test_failed_compilation_names_the_switch(checkout: Path) -> None:
     result = run(sys.executable, "setup.py", "build_ext", cwd=checkout)
     assert result.returncode != 0
     assert "FASTLOOP_NATIVE=OFF" in result.stderr
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_cuda_on_says_that_there_are_no_cuda_sources(checkout: Path) -> None:
-    result = run(sys.executable, "setup.py", "build_ext", cwd=checkout, FASTLOOP_CUDA="ON")
-    assert result.returncode != 0
-    assert "no CUDA sources yet" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("name", ["FASTLOOP_NATIVE", "FASTLOOP_CUDA"])
@@ -257,4 +370,5 @@ def test_wheel_passes_auditwheel_without_openmp_inside(checkout: Path, tmp_path:
         names = archive.namelist()
     assert "fastloop/py.typed" in names
     assert [name for name in names if "gomp" in name] == []
-    assert len([name for name in names if name.endswith(".so")]) == 1
+    modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
+    assert modules in ({"_native"}, {"_native", "_cuda"})  # with the CUDA kernels where a toolkit is found

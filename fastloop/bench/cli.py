@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from fastloop.bench import (
+    aot,
     cases,
     ceiling,
     compare,
     env,
+    gpu,
+    gpu_record,
     guard,
     measure,
     plots,
@@ -75,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
         "guard", help="results, allocations and ratios against committed floors", epilog=EXIT_CODES
     )
     watch.add_argument("--floors", type=Path, default=guard.DEFAULT_FLOORS, metavar="FILE")
+    card = commands.add_parser("gpu", help="measure the GPU backends on this machine's GPU", epilog=EXIT_CODES)
+    card.add_argument("-k", dest="pattern", metavar="PATTERN", help="part of a row's name")
+    card.add_argument("--results", type=Path, default=gpu.RESULTS, metavar="DIR", help="default: benchmarks/results")
+    card.add_argument("--commit", metavar="HASH", help="of this build, where the checkout is not a repository")
+    ahead = commands.add_parser(
+        "aot", help="GPU kernels compiled without a GPU: registers, spills, 128-bit accesses", epilog=EXIT_CODES
+    )
+    what = ahead.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="fail where they are worse than the golden file")
+    what.add_argument("--update", action="store_true", help="rewrite the golden file")
+    ahead.add_argument("--arch", type=int, nargs="+", default=aot.ARCHITECTURES, metavar="N", help="default: 80 90 100")
+    ahead.add_argument("--backend", choices=("cuda", "triton"), nargs="+", default=("cuda", "triton"))
+    ahead.add_argument("--golden", type=Path, default=aot.GOLDEN, metavar="FILE")
     return parser
 
 
@@ -238,6 +255,59 @@ def _guard(console: Console, args: argparse.Namespace) -> int:
     return guard.exit_code(findings)
 
 
+def _aot_table(kernels: aot.Kernels, golden: aot.Kernels) -> Table:
+    columns = ("registers", "golden", "stack", "local", "128-bit loads", "narrower", "128-bit stores", "narrower")
+    table = Table("kernel", *columns, title="machine code", title_justify="left")
+    for key, code in kernels.items():
+        if aot.is_representative(key):
+            before = str(golden[key].registers) if key in golden else ""
+            counts = (code.loads_128, code.loads_narrow, code.stores_128, code.stores_narrow)
+            table.add_row(Text(key), str(code.registers), before, str(code.stack), str(code.local), *map(str, counts))
+    return table
+
+
+def _aot(console: Console, args: argparse.Namespace) -> int:
+    golden, known = aot.load(args.golden) if args.check or args.golden.exists() else ({}, {})
+    kernels, compilers = aot.measure(args.backend, args.arch)
+    console.print(_aot_table(kernels, golden))
+    chosen = {key: code for key, code in kernels.items() if aot.is_representative(key)}
+    console.print(Text(f"{len(kernels)} kernels compiled, {len(chosen)} of them shown"))
+    bad = list(aot.faults(kernels))
+    if args.check:
+        others = {name: version for name, version in compilers.items() if known.get(name) != version}
+        worse = list(aot.differences(chosen, aot.part(golden, args.backend, args.arch)))
+        for message in bad + worse:
+            _fail(message)
+        if others and worse and not bad:
+            _fail(f"[bench aot] the golden file is of {known}, these kernels of {compilers}: not comparable")
+            return VOID
+        return REGRESSION if bad or worse else OK
+    for message in bad:
+        _fail(message)
+    if args.update and not bad:
+        kept = golden.keys() - aot.part(golden, args.backend, args.arch).keys()
+        document = aot.to_json({key: golden[key] for key in kept} | chosen, known | compilers)
+        args.golden.write_text(document, encoding="utf-8")
+        console.print(Text(f"written: {args.golden}"))
+    return REGRESSION if bad else OK
+
+
+def _gpu(console: Console, args: argparse.Namespace) -> int:
+    specs = gpu.select(args.pattern)
+    if not specs:
+        _fail(f"[bench gpu] no row matches {args.pattern!r}; rows: {', '.join(spec.name for spec in gpu.SPECS)}")
+        return USAGE
+    with _progress() as progress:
+        bench = gpu.Bench(torch.device("cuda", 0), progress=progress)
+        run = gpu.measure_all(bench, args.commit, specs, lambda row: console.print(Text(gpu_record.line(row))))
+    console.print(Text(f"{run.seconds:.0f} s; written: {gpu_record.save(run, args.results)}"))
+    if run.void:
+        _fail("[bench gpu] the control moved by more than 2 %: the machine was not quiet, measure again")
+    if any(row.status == "wrong" for row in run.rows):
+        return WRONG
+    return VOID if run.void else OK
+
+
 def _dispatch(console: Console, args: argparse.Namespace) -> int:
     if args.command is None:
         return _measure(console, session.default_options(), args, plot=True)
@@ -251,6 +321,10 @@ def _dispatch(console: Console, args: argparse.Namespace) -> int:
         return _list(console)
     if args.command == "stream":
         return _stream(console)
+    if args.command == "aot":
+        return _aot(console, args)
+    if args.command == "gpu":
+        return _gpu(console, args)
     return _compare(console, args) if args.command == "compare" else _guard(console, args)
 
 
@@ -265,6 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except WrongResult as error:
         _fail(error)
         return WRONG
-    except guard.NoBaseline as error:
+    except (guard.NoBaseline, aot.NoGolden) as error:
         _fail(error)
         return NO_BASELINE
+    except aot.DoesNotCompile as error:
+        _fail(error)
+        return REGRESSION
+    except (aot.Unavailable, gpu.NoDevice) as error:
+        _fail(error)
+        return VOID

@@ -71,7 +71,7 @@ def _grad_scale(parameters: list[Tensor]) -> Stepper:
     """The clip folded into the fused step: it divides the gradients by `grad_scale` = max(norm/max_norm, 1)."""
     optimizer: Any = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    optimizer.found_inf = torch.zeros(())
+    optimizer.found_inf = torch.zeros((), device=parameters[0].device)
 
     def step() -> None:
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _huge_pages() -> str:
     return text.partition("[")[2].partition("]")[0] or text.strip()
 
 
-def commit(folder: Path = _REPOSITORY) -> str | None:
+def commit(folder: Path = REPOSITORY) -> str | None:
     """The checkout's commit, with "-dirty" if tracked files differ from it; None outside a checkout of this project."""
     if not (folder / ".git").exists():
         return None

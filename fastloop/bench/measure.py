@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from time import perf_counter, perf_counter_ns
+from typing import Any
 
 import torch
 
 from fastloop.bench import stats
 
 Call = Callable[[], object]
+Sampler = Callable[[Any, int], float]  # (what is timed, repetitions) -> seconds per call
 
 SAMPLE_SECONDS = 0.020
 MARGIN = 1.25  # calibration runs cooler than the sample: aim above the 20 ms that a sample must last
@@ -66,12 +68,12 @@ def sample(call: Call, repetitions: int) -> float:
     return (perf_counter_ns() - start) / repetitions * 1e-9
 
 
-def calibrate(call: Call, seconds: float = SAMPLE_SECONDS) -> int:
+def calibrate(call: Any, seconds: float = SAMPLE_SECONDS, sampler: Sampler = sample) -> int:
     """Warm `call` up and find how many repetitions last at least `seconds`."""
-    call()
+    sampler(call, 1)
     repetitions = 1
     while True:
-        elapsed = sample(call, repetitions) * repetitions
+        elapsed = sampler(call, repetitions) * repetitions
         if elapsed >= seconds:
             return repetitions if repetitions == 1 else math.ceil(repetitions * seconds / elapsed * MARGIN)
         growth = seconds / elapsed * MARGIN if elapsed > 0 else 10.0
@@ -79,30 +81,32 @@ def calibrate(call: Call, seconds: float = SAMPLE_SECONDS) -> int:
 
 
 def measure_pairs(
-    a: Call,
-    b: Call,
+    a: Any,
+    b: Any,
     *,
     decided: Callable[[stats.Interval], bool] = stats.decided,
     pairs: Sequence[int] = stats.PAIRS,
     deadline: float = math.inf,
     threads: int | None = None,
     on_pair: Callable[[int], None] | None = None,
+    sampler: Sampler = sample,
 ) -> Pairs:
     """Time `a` and `b` in the order A B B A A B B A ..., one ratio a/b per pair.
 
     pairs: the counts at which to ask `decided` about the interval so far; the last is the limit.
     deadline: a `time.perf_counter()` value after which no new pair starts, once 5 are taken.
+    sampler: how one sample is taken; by default `a` and `b` are called and a clock of the host is read.
     """
     times: tuple[list[float], list[float]] = ([], [])
     calls = (a, b)
     with quiet_interpreter(threads):
-        repetitions = (calibrate(a), calibrate(b))
+        repetitions = (calibrate(a, sampler=sampler), calibrate(b, sampler=sampler))
         for limit in pairs:
             while len(times[0]) < limit:
                 if len(times[0]) >= min(FEWEST_PAIRS, limit) and perf_counter() > deadline:
                     return Pairs(tuple(times[0]), tuple(times[1]), repetitions, "deadline")
                 for side in (0, 1) if len(times[0]) % 2 == 0 else (1, 0):
-                    times[side].append(sample(calls[side], repetitions[side]))
+                    times[side].append(sampler(calls[side], repetitions[side]))
                 if on_pair is not None:
                     on_pair(len(times[0]))
             result = Pairs(tuple(times[0]), tuple(times[1]), repetitions, "decided")

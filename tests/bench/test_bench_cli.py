@@ -34,7 +34,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases.select, "__defaults__", ((TINY,),))
     monkeypatch.setattr(guard.guard, "__defaults__", ((TINY,),))
     monkeypatch.setattr(guard.control, "__defaults__", (control,))
-    monkeypatch.setattr("fastloop.bench.measure.calibrate", lambda call, seconds=0.0: 1)
+    monkeypatch.setattr("fastloop.bench.measure.calibrate", lambda call, sampler=None: 1)
     monkeypatch.setattr(stats, "CONTROL_MOVED", float("inf"))
 
 
