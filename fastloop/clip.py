@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastloop.ops.backends import native
+from fastloop.ops.native import native
 from fastloop.ops.plan import local_shard
 from fastloop.ops.reference import compute_dtype
 

@@ -13,7 +13,8 @@ from support import bits_of, checked_step, example, make, parameters, set_grads,
 
 import fastloop
 from fastloop.ops import cuda
-from fastloop.ops.backends import device_kernels, native
+from fastloop.ops.backends import device_kernels
+from fastloop.ops.native import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import functools
+import importlib.util
 import io
 import os
 import queue
@@ -19,10 +20,12 @@ import warnings
 import pytest
 import torch
 from cases import CASES
+from conftest import EMULATED, HAS_GPU
 from mirror import mirror
 from support import bits, checked_step, example, make, values
 
 import fastloop
+from fastloop.ops import cuda
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
@@ -30,10 +33,22 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 SECONDS = 60  # for one test; a collective that one rank never enters would wait for ever
 # Imported once, for all processes.
 PRELOADED = [
-    "torch", "numpy", "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
+    "torch", "numpy", "pytest", "hypothesis", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",
     "torch.distributed.optim", "torch.distributed.tensor.parallel", "torch.testing",
 ]  # fmt: skip
-every_optimizer = pytest.mark.parametrize("name", CASES)
+# One for each rule: what Adam and AdamW do not share is no business of processes.
+every_optimizer = pytest.mark.parametrize("name", list({case.rule: name for name, case in CASES.items()}.values()))
+
+# A device's kernels add their partial sums up on the device, and what goes over the processes is there too.
+emulated = pytest.mark.skipif(HAS_GPU or not EMULATED.exists(), reason="the CUDA kernels are not emulated here")
+interpreted = pytest.mark.skipif(HAS_GPU or importlib.util.find_spec("triton") is None, reason="no interpreted Triton")
+BACKENDS = [
+    pytest.param({}, id="auto"),
+    pytest.param({"backend": "reference"}, id="reference"),
+    pytest.param({"backend": "cuda"}, id="cuda", marks=emulated),
+    pytest.param({"backend": "triton"}, id="triton", marks=[interpreted, pytest.mark.slow]),
+]
+every_backend = pytest.mark.parametrize("more", BACKENDS)
 
 
 class Processes:
@@ -78,8 +93,18 @@ class Processes:
             worker.join()
 
 
+def emulate_cuda():
+    """As conftest does in the process of the tests: backend="cuda" on CPU tensors, where the emulation is built."""
+    if not HAS_GPU and EMULATED.exists():
+        spec = importlib.util.spec_from_file_location("_cuda", EMULATED)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cuda.emulate(module)
+
+
 def serve(rank, world, rendezvous, requests, answers):
     torch.set_num_threads(1)
+    emulate_cuda()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
         "gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=SECONDS)
@@ -316,6 +341,9 @@ every_exact = pytest.mark.parametrize(
     [
         pytest.param(torch.float32, {}, id="fp32"),
         pytest.param(torch.float32, {"backend": "reference"}, id="fp32 reference"),
+        pytest.param(torch.float32, {"backend": "cuda"}, id="fp32 cuda", marks=emulated),
+        pytest.param(torch.bfloat16, {"backend": "cuda", "master_weights": True}, id="bf16 cuda", marks=emulated),
+        pytest.param(torch.float32, {"backend": "triton"}, id="triton", marks=[interpreted, pytest.mark.slow]),
         pytest.param(torch.float32, {"zero_grads": True, "state_dtype": torch.bfloat16}, id="bf16 states"),
         pytest.param(torch.bfloat16, {"master_weights": True}, id="bf16 with masters"),
     ],
@@ -379,7 +407,7 @@ def steps_without_gradients(rank, name, more):
     return None if rank == 0 else norms
 
 
-@pytest.mark.parametrize("more", [{}, {"backend": "reference"}], ids=["auto", "reference"])
+@every_backend
 @every_optimizer
 def test_a_process_without_gradients_keeps_no_other_waiting(name, more, processes):
     """Collectives follow from the parameters, which are alike everywhere, and not from the gradients."""
@@ -453,6 +481,7 @@ def expected_average(model, averages):
         pytest.param({"max_grad_norm": 0.1}, id="clipped"),
         pytest.param({"max_grad_norm": float("inf"), "max_grad_value": 0.01, "ema_decay": 0.9}, id="value and ema"),
         pytest.param({"max_grad_norm": 0.1, "backend": "reference"}, id="reference"),
+        pytest.param({"max_grad_norm": 0.1, "backend": "cuda"}, id="cuda", marks=emulated),
     ],
 )
 @every_optimizer
@@ -521,9 +550,9 @@ def poison_one_rank(model, rank, value):
         model[0].weight.grad.to_local().view(-1)[0] = value
 
 
-def fsdp_nonfinite(rank, name):
+def fsdp_nonfinite(rank, name, more):
     model = sharded(new_model())
-    opt = make(name, model.parameters(), **settings_of(name, max_grad_norm=0.1))
+    opt = make(name, model.parameters(), **settings_of(name, max_grad_norm=0.1, **more))
     train(model, opt, range(1))
     before = bits_of_shards(opt)
     train(model, opt, range(1, 2), after_backward=lambda m, _: poison_one_rank(m, rank, float("nan")))
@@ -534,14 +563,16 @@ def fsdp_nonfinite(rank, name):
     return opt.skipped_steps.item()
 
 
+@every_backend
 @every_optimizer
-def test_every_rank_skips_the_step_if_one_has_a_nan(name, processes):
-    assert agreed(processes.call(fsdp_nonfinite, name)) == 1
+def test_every_rank_skips_the_step_if_one_has_a_nan(name, more, processes):
+    assert agreed(processes.call(fsdp_nonfinite, name, more)) == 1
 
 
-def fsdp_raises(rank, name, max_grad_norm):
+def fsdp_raises(rank, name, max_grad_norm, more):
     model = sharded(new_model())
-    opt = make(name, model.parameters(), **settings_of(name, max_grad_norm=max_grad_norm, error_if_nonfinite=True))
+    settings = settings_of(name, max_grad_norm=max_grad_norm, error_if_nonfinite=True, **more)
+    opt = make(name, model.parameters(), **settings)
     train(model, opt, range(1))
     before = bits_of_shards(opt)
     with pytest.raises(RuntimeError, match="not finite"):
@@ -551,15 +582,16 @@ def fsdp_raises(rank, name, max_grad_norm):
     return opt.skipped_steps.item()
 
 
+@every_backend
 @pytest.mark.parametrize("max_grad_norm", [None, 0.1])
 @every_optimizer
-def test_error_if_nonfinite_raises_on_every_rank(name, max_grad_norm, processes):
-    assert agreed(processes.call(fsdp_raises, name, max_grad_norm)) == 0
+def test_error_if_nonfinite_raises_on_every_rank(name, max_grad_norm, more, processes):
+    assert agreed(processes.call(fsdp_raises, name, max_grad_norm, more)) == 0
 
 
-def fsdp_scaled(rank, name, scaler_class, max_grad_norm):
+def fsdp_scaled(rank, name, scaler_class, max_grad_norm, more):
     model, alone = sharded(new_model()), new_model()
-    settings = settings_of(name, max_grad_norm=max_grad_norm)
+    settings = settings_of(name, max_grad_norm=max_grad_norm, **more)
     scales = []
     for m in (model, alone):
         opt = make(name, m.parameters(), **settings)
@@ -579,11 +611,12 @@ def fsdp_scaled(rank, name, scaler_class, max_grad_norm):
     close(model, alone)
 
 
+@every_backend
 @pytest.mark.parametrize("max_grad_norm", [None, 0.1])
 @pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fastloop.GradScaler], ids=["torch", "ours"])
 @every_optimizer
-def test_scalers_find_what_one_rank_has(name, scaler_class, max_grad_norm, processes):
-    processes.call(fsdp_scaled, name, scaler_class, max_grad_norm)
+def test_scalers_find_what_one_rank_has(name, scaler_class, max_grad_norm, more, processes):
+    processes.call(fsdp_scaled, name, scaler_class, max_grad_norm, more)
 
 
 # -- tensor parallelism ----------------------------------------------------------------------------------------
@@ -615,7 +648,7 @@ def tensor_parallel(rank, name, more, fsdp_ranks):
     return [repr(norm) for norm in norms]
 
 
-@pytest.mark.parametrize("more", [{}, {"backend": "reference"}], ids=["auto", "reference"])
+@every_backend
 @every_optimizer
 def test_tensor_parallel(name, more, processes):
     """DTensors beside plain parameters, in one norm."""
@@ -998,7 +1031,7 @@ def parts(rank, name, more):
     return norms
 
 
-@pytest.mark.parametrize("more", [{}, {"backend": "reference"}], ids=["auto", "reference"])
+@every_backend
 @every_optimizer
 def test_norm_group_sums_over_processes(name, more, processes):
     first, bad, last = map(float, agreed(processes.call(parts, name, more)))

@@ -6,36 +6,15 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastloop.ops import cuda
 from fastloop.ops.launches import DeviceBackend, count_launch
+from fastloop.ops.native import load_native, native
 
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
-
-
-@functools.cache
-def _load_native() -> tuple[ModuleType | None, str]:
-    """The native module, or None and the reason."""
-    try:
-        # torch is imported above: its OpenMP runtime is the one that the module then finds loaded.
-        module = importlib.import_module("fastloop._native")
-    except ModuleNotFoundError as error:
-        if error.name != "fastloop._native":
-            raise
-        return None, "installed without native kernels (FASTLOOP_NATIVE=OFF)"
-    except ImportError as error:
-        return None, f"fastloop._native does not load: {error}"
-    module.initialize(torch.Tensor, use_exchange_api=os.environ.get("FASTLOOP_DLPACK", "ON").upper() != "OFF")
-    return module, ""
-
-
-def native() -> ModuleType | None:
-    """`fastloop._native`, or None where it was not built or does not load."""
-    return _load_native()[0]
 
 
 def supported_isas() -> tuple[str, ...]:
@@ -54,7 +33,7 @@ def backends() -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: `FASTLOOP_ISA` names an instruction set that this build or machine does not have.
     """
-    module, missing = _load_native()
+    module, missing = load_native()
     isa = None if module is None else module.isa()
     chosen = "FASTLOOP_ISA" if os.environ.get("FASTLOOP_ISA") else "the best of this machine"
     cpu_reason = missing if module is None else f"{isa}, {chosen} (has {', '.join(supported_isas())})"

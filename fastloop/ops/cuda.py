@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloop.ops.launches import BucketSpec, count_launch
+from fastloop.ops.native import native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/core/dtype.h
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -69,8 +70,6 @@ def _module() -> Any:
 
 
 def rule_index(rule: str) -> int:
-    from fastloop.ops.backends import native
-
     module = native()
     assert module is not None, "without native kernels there is no table to launch with"
     return list(module.rules()).index(rule)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloop.ops.backends import native
 from fastloop.ops.cuda import DTYPES
 from fastloop.ops.launches import BucketLaunches, BucketSpec, DeviceBackend, count_copy
+from fastloop.ops.native import native
 
 
 class DevicePart:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fastloop.ops import reference
-from fastloop.ops.backends import device_kernels, native
+from fastloop.ops.backends import device_kernels
 from fastloop.ops.checks import is_dense, same_strides
 from fastloop.ops.device import DevicePart
 from fastloop.ops.launches import DeviceBackend
+from fastloop.ops.native import native
 
 DONE, SKIPPED, STOPPED, STALE = range(4)  # csrc/bindings/py_plan.h: Outcome
 

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from fastloop.ops import backends, checks
 from fastloop.ops.device import on_device
+from fastloop.ops.native import native
 from fastloop.ops.plan import DONE, NATIVE_DTYPES, SKIPPED, STALE, STOPPED, Controls, Slots, StepPlan, local_shard
 from fastloop.ops.reference import as_real, compute_dtype
 
@@ -729,7 +730,7 @@ def scalar_dtype() -> torch.dtype:
 
 def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A zero state in the parameter's layout; large ones on huge pages where the system grants them."""
-    module = backends.native()
+    module = native()
     bytes_ = p.numel() * dtype.itemsize
     if module is None or p.device.type != "cpu" or type(p.data) is not Tensor or bytes_ < HUGE_PAGE_BYTES:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -750,6 +751,8 @@ def laid_out_as(value: Tensor, p: Tensor) -> Tensor:
 
 
 def _check_graph_capture(optimizer: Optimizer) -> None:
+    if "capturable" not in optimizer.defaults:
+        return  # SGD: torch's has no such setting, and may be captured
     name = "_accelerator_graph_capture_health_check"  # torch before 2.10 has it under CUDA's name
     getattr(optimizer, name, optimizer._cuda_graph_capture_health_check)()
 
