@@ -44,9 +44,9 @@ def _emulated_cuda() -> None:
         cuda.emulate(module)
 
 
-# Interpreted kernels take tenths of a second a step. tests/test_triton.py and tests/test_device.py run them every time; of
-# the tests that every backend takes, Triton takes those of the kernels, as slow ones. What is above the kernels is the
-# same for both device backends, and emulated CUDA is fast.
+# Interpreted kernels take tenths of a second a step. tests/test_triton.py and tests/test_device.py run them every time.
+# Of the tests that every backend takes, Triton takes those of the kernels, as slow ones. What is above the kernels is
+# the same for both device backends, and emulated CUDA is fast.
 INTERPRETED_FILES = ("test_contract.py", "test_numerics.py", "test_master.py", "test_ema.py")
 
 
