@@ -82,7 +82,7 @@ def clip_grads_with_norm_(
         return
     on_device = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # stays there: no host sync
     for (device, _), same in _by_kind([local_shard(g) for g in grads]).items():
-        factor_there = on_device.to(device, non_blocking=True)
+        factor_there = on_device.to(device, non_blocking=device.type != "cpu")
         if all(grad.layout == torch.strided for grad in same):
             torch._foreach_mul_(same, factor_there)
         else:

@@ -294,3 +294,153 @@ def test_an_emulated_build_serves_the_cpu_alone_and_only_when_asked():
     opt = fastloop.AdamW(many(2))
     opt.step()
     assert not opt._plan.on_device
+
+
+# -- graphs, on the CPU: a capture is a step whose launches are kept instead of made ------------------------------
+
+
+class Capture:
+    """Keeps the launches and copies of a part, as a graph does, and makes them when it is replayed."""
+
+    def __init__(self, part, monkeypatch):
+        self.part, self.kept, self.active = part, [], False
+        part._launches = [self._of(launches) for launches in part._launches]
+        monkeypatch.setattr(part, "_capturing", lambda: self.active)
+
+    def _of(self, launches):
+        import ctypes
+
+        capture = self
+
+        class Recorded:
+            def norm(self, words, n_words):
+                # A kernel's parameters are part of the graph by value.
+                kept = (ctypes.c_int64 * max(n_words, 1))()
+                if n_words:
+                    ctypes.memmove(kept, words, 8 * n_words)
+                capture.do(lambda: launches.norm(ctypes.addressof(kept), n_words))
+
+            def update(self, sums):
+                capture.do(lambda: launches.update(sums))
+
+        return Recorded()
+
+    def do(self, action):
+        self.kept.append(action) if self.active else action()
+
+    def step(self, opt):
+        """Captures one step."""
+        self.kept, self.active = [], True
+        opt.step()
+        self.active = False
+        return list(self.kept)
+
+
+def sgd_over_a_part(monkeypatch, **settings):
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = fastloop.SGD([p], lr=1.0, backend="cuda", **settings)
+    p.grad = torch.ones(3)
+    opt.step()
+    return p, opt, Capture(opt._plan._devices[0], monkeypatch)
+
+
+def needs_emulation():
+    if not cuda.is_emulated():
+        pytest.skip("needs the emulated kernels")
+
+
+def test_an_eager_step_between_capture_and_replay_sees_its_own_gradients(monkeypatch):
+    needs_emulation()
+    p, opt, capture = sgd_over_a_part(monkeypatch)
+    captured = p.grad = torch.full((3,), 10.0)
+    graph = capture.step(opt)
+    opt.step()
+    assert p.tolist() == [-11.0] * 3
+    p.grad = torch.full((3,), 100.0)
+    opt.step()
+    assert p.tolist() == [-111.0] * 3
+    for launch in graph:
+        launch()
+    assert p.tolist() == [-121.0] * 3, "a replay uses what it captured"
+    del captured
+    opt.step()
+    assert p.tolist() == [-221.0] * 3
+
+
+def test_two_graphs_and_settings_of_their_own(monkeypatch):
+    needs_emulation()
+    p, opt, capture = sgd_over_a_part(monkeypatch, max_grad_norm=math.inf)
+    graphs = []
+    for value in (2.0, 3.0):
+        p.grad = torch.full((3,), value)
+        opt.param_groups[0]["lr"] = value
+        graphs.append((p.grad, capture.step(opt)))
+    wanted = -1.0
+    for _, launches in (graphs[0], graphs[1], graphs[0]):
+        for launch in launches:
+            launch()
+    wanted -= 4.0 + 9.0 + 4.0
+    assert p.tolist() == [wanted] * 3
+    opt.step()
+    assert p.tolist() == [wanted - 9.0] * 3
+
+
+def test_a_captured_plan_lives_as_long_as_its_optimizer(monkeypatch):
+    needs_emulation()
+    _, opt, capture = sgd_over_a_part(monkeypatch)
+    capture.step(opt)
+    plan = opt._plan
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert opt._captured_plans == (plan,)
+
+
+def test_a_delivery_that_failed_is_made_by_the_next_step(monkeypatch):
+    needs_emulation()
+    p, opt, _ = sgd_over_a_part(monkeypatch, max_grad_norm=math.inf)
+    part = opt._plan._devices[0]
+    launches = part._launches
+
+    class Broken:
+        def norm(self, words, n_words):
+            raise RuntimeError("out of memory")
+
+    p.grad = torch.full((3,), 10.0)
+    part._launches = [Broken()]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        opt.step()
+    part._launches = launches
+    opt.step()
+    assert p.tolist() == [-11.0] * 3
+
+
+# -- zero_grads ----------------------------------------------------------------------------------------------
+
+
+def test_gradients_in_another_layout_are_zeroed(device_backend):
+    p = torch.nn.Parameter(torch.zeros(4, 6))
+    opt = fastloop.SGD([p], lr=1.0, zero_grads=True, backend=device_backend)
+    p.grad = torch.ones(6, 4).t()
+    opt.step()
+    assert torch.equal(p.detach(), -torch.ones(4, 6))
+    assert float(p.grad.abs().sum()) == 0
+
+
+def test_a_gradient_that_two_parameters_share_steps_both_and_is_zeroed(device_backend):
+    params = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    opt = fastloop.SGD(params, lr=1.0, zero_grads=True, backend=device_backend)
+    params[0].grad = params[1].grad = torch.ones(5)
+    opt.step()
+    assert all(torch.equal(p.detach(), -torch.ones(5)) for p in params)
+    assert float(params[0].grad.sum()) == 0
+
+
+def test_copies_of_gradients_are_dropped_with_the_step(device_backend):
+    import weakref
+
+    p = torch.nn.Parameter(torch.zeros(4, 6))
+    opt = fastloop.SGD([p], lr=1.0, backend=device_backend)
+    p.grad = torch.ones(6, 4).t()
+    opt.step()
+    gradient = weakref.ref(p.grad)
+    p.grad = None
+    assert gradient() is None

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fastloop._cuda: launches of the CUDA kernels. Addresses and sizes in, nothing out. Loads without a driver.
+// Everything is for the current device: Python makes it the right one, by torch's guard, which knows when to leave the
+// first GPU alone.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,21 +19,6 @@ void check(const std::string& error) {
   if (!error.empty()) throw std::runtime_error("[fastloop] CUDA: " + error);
 }
 
-// The device of the launch for as long as it takes.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int index) : index_(index) { check(device::switch_device(index, &previous_)); }
-  ~DeviceGuard() {
-    int ignored = 0;
-    if (previous_ != index_) device::switch_device(previous_, &ignored);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int index_, previous_ = 0;
-};
-
 Storage storage_of(int param, int grad, int state, bool master, bool ema) {
   return {static_cast<DType>(param), static_cast<DType>(grad), static_cast<DType>(state), master, ema};
 }
@@ -47,7 +34,7 @@ class Launches {
   Launches(int index, int rule, const Storage& storage, const TableLayout& layout, std::int64_t first_tensor,
            std::int64_t tensors, std::int64_t first_chunk, std::int64_t chunks, std::uintptr_t table,
            std::uintptr_t sums, int norm_blocks, std::uintptr_t ticket, std::uintptr_t result, std::uintptr_t skipped)
-      : index_(index), rule_(rule), storage_(storage), norm_blocks_(norm_blocks) {
+      : rule_(rule), storage_(storage), norm_blocks_(norm_blocks) {
     norm_ = {pointer<Word>(table), layout, first_chunk, chunks, pointer<double>(sums)};
     step_ = {pointer<const Word>(table),
              layout,
@@ -61,13 +48,11 @@ class Launches {
              pointer<double>(result),
              pointer<std::int64_t>(skipped)};
     int resident = 0;
-    const DeviceGuard guard(index);
     check(device::update_blocks(rule, storage, index, &resident));
     update_blocks_ = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(chunks, resident)));
   }
 
   void norm(std::uintptr_t stream, std::uintptr_t words, int n_words) const {
-    const DeviceGuard guard(index_);
     check(device::launch_norm(storage_.grad, norm_blocks_, pointer<void>(stream), norm_, pointer<const Word>(words),
                               n_words));
   }
@@ -75,12 +60,11 @@ class Launches {
   void update(std::uintptr_t stream, std::uintptr_t sums, std::int64_t n_sums) {
     step_.sums = pointer<const double>(sums);
     step_.n_sums = n_sums;
-    const DeviceGuard guard(index_);
     check(device::launch_update(rule_, storage_, update_blocks_, pointer<void>(stream), step_));
   }
 
  private:
-  int index_, rule_;
+  int rule_;
   Storage storage_;
   int norm_blocks_, update_blocks_ = 1;
   device::NormArgs norm_;
@@ -100,13 +84,12 @@ PYBIND11_MODULE(_cuda, m) {
 #endif
   m.attr("INLINE_WORDS") = device::kInlineWords;
   m.def("check_runtime", &device::check_runtime, "Why the kernels cannot run here; empty if they can.");
-  m.def("check_device", &device::check_device, py::arg("index"), "Why not on this device; empty if they can.");
+  m.def("check_device", &device::check_device, "Why not on the current device; empty if they can.");
   m.def("serves", [](int rule, int param, int grad, int state, bool master, bool ema) {
     return device::serves(rule, storage_of(param, grad, state, master, ema));
   });
   m.def("norm_blocks", [](int index) {
     int blocks = 0;
-    const DeviceGuard guard(index);
     check(device::norm_blocks(index, &blocks));
     return blocks;
   });

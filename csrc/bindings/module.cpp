@@ -204,7 +204,7 @@ PYBIND11_MODULE(_native, m) {
       .def("make_table", &PyPlan::make_table, py::arg("kinds"), py::return_value_policy::reference_internal)
       .def("refresh", &PyPlan::refresh)
       .def_property_readonly("clips", &PyPlan::clips)
-      .def("grads_are_shared", &PyPlan::grads_are_shared)
+      .def_property_readonly("zeroes_afterwards", &PyPlan::zeroes_afterwards)
       .def("count_versions", &PyPlan::count_versions);
 
   py::class_<DeviceTable>(m, "DeviceTable")

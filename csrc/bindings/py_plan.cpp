@@ -506,7 +506,8 @@ py::object PyPlan::refresh(const py::list& groups, const py::dict& state, const 
   controls.max_norm = max_norm_;
   controls.measure = clips_ || check_finite;
   controls.check_all = check_finite;
-  controls.zero_grads = zero_grads;
+  zeroes_afterwards_ = zero_grads && grads_are_shared();
+  controls.zero_grads = zero_grads && !zeroes_afterwards_;
   return py::bool_(
       table_->refresh(controls, scale_address, found_inf_address, plan_.rows(), hyper_addresses_, plan_.parameters()));
 }

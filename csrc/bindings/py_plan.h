@@ -73,10 +73,10 @@ class PyPlan {
   pybind11::object refresh(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads,
                            std::uintptr_t scale_address, std::uintptr_t found_inf_address, bool check_finite,
                            bool zero_grads);
-  bool clips() const { return clips_; }  // some group is in the norm, as of the last step
+  bool zeroes_afterwards() const { return zeroes_afterwards_; }  // what refresh() was asked to zero and left
+  bool clips() const { return clips_; }                          // some group is in the norm, as of the last step
   // After the launches: autograd's version counters.
   void count_versions() const;
-  bool grads_are_shared() const;
 
  private:
   struct Bound {
@@ -110,6 +110,7 @@ class PyPlan {
   bool state_holds(const pybind11::dict& state) const;
   bool grads_hold(const pybind11::object& grads, bool keep);
   bool read_hyper(PyObject* value, std::size_t row, std::size_t k);
+  bool grads_are_shared() const;
   void check_not_running() const;
   bool tensors_hold() const;
   void prefetch_grad(std::size_t i) const;
@@ -126,6 +127,7 @@ class PyPlan {
   std::vector<Group> groups_;
   std::vector<StateOfParameter> state_;
   double max_norm_ = 0;
+  bool zeroes_afterwards_ = false;
   bool clips_ = false;  // some group is in the norm
   pybind11::tuple owners_;
   std::vector<pybind11::object> kept_;  // gradients in use while the interpreter lock is released

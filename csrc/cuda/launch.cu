@@ -154,20 +154,10 @@ std::string norm_blocks(int index, int* blocks) {
 
 #ifdef FASTLOOP_CUDA_EMULATED
 
-std::string switch_device(int, int* previous) {
-  *previous = 0;
-  return "";
-}
 std::string check_runtime() { return ""; }
-std::string check_device(int) { return ""; }
+std::string check_device() { return ""; }
 
 #else
-
-std::string switch_device(int index, int* previous) {
-  cudaError_t error = cudaGetDevice(previous);
-  if (error == cudaSuccess && *previous != index) error = cudaSetDevice(index);
-  return text_of(error);
-}
 
 std::string check_runtime() {
   int runtime = 0, driver = 0;
@@ -182,16 +172,11 @@ std::string check_runtime() {
   return "";
 }
 
-std::string check_device(int index) {
-  int previous = 0;
-  std::string error = switch_device(index, &previous);
-  if (!error.empty()) return error;
+std::string check_device() {
   cudaFuncAttributes attributes;
-  error = text_of(cudaFuncGetAttributes(&attributes, norm_kernel_for<kNoWords>(DType::kF32)));
+  const std::string error = text_of(cudaFuncGetAttributes(&attributes, norm_kernel_for<kNoWords>(DType::kF32)));
   cudaGetLastError();  // a missing image is reported once, and not to whoever asks next
-  int ignored = 0;
-  const std::string back = switch_device(previous, &ignored);
-  return error.empty() ? back : "no kernels for this GPU's architecture in this build (" + error + ")";
+  return error.empty() ? "" : "no kernels for this GPU's architecture in this build (" + error + ")";
 }
 
 #endif

@@ -32,22 +32,19 @@ struct StepArgs {
 // Most words that a norm launch can deliver: its parameters have 32764 bytes.
 constexpr int kInlineWords = 4000;
 
-// All return an empty string, or what went wrong.
+// All return an empty string, or what went wrong, and are for the current device.
 std::string launch_norm(DType grad, int blocks, void* stream, const NormArgs& args, const Word* words, int n_words);
 std::string launch_update(int rule, const Storage& storage, int blocks, void* stream, const StepArgs& args);
 
 bool serves(int rule, const Storage& storage);
 
-// Blocks that fill the device `index` once.
+// Blocks that fill the current device, of number `index`, once.
 std::string update_blocks(int rule, const Storage& storage, int index, int* blocks);
 std::string norm_blocks(int index, int* blocks);
 
-// Makes the device the current one of this thread; *previous is what was.
-std::string switch_device(int index, int* previous);
-
-// Whether the kernels can run here, and on device `index`.
+// Whether the kernels can run here, and on the current device.
 std::string check_runtime();
-std::string check_device(int index);
+std::string check_device();
 
 }  // namespace device
 }  // namespace fastloop

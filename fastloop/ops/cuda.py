@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from types import ModuleType
@@ -53,7 +54,8 @@ def _why_not(device: int | None) -> str:
         return "torch is built for ROCm"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return str(module.check_runtime() or module.check_device(torch.cuda.current_device() if device is None else device))
+    with _on(torch.cuda.current_device() if device is None else device):
+        return str(module.check_runtime() or module.check_device())
 
 
 def why_not(device: torch.device | None = None) -> str:
@@ -92,7 +94,8 @@ class Kernels:
         return CudaLaunches(spec)
 
     def blocks(self, device: torch.device) -> int:
-        return int(_module().norm_blocks(device.index or 0))
+        with _on(device.index if device.type == "cuda" else None):
+            return int(_module().norm_blocks(device.index or 0))
 
 
 KERNELS = Kernels()
@@ -104,39 +107,50 @@ class CudaLaunches:
     def __init__(self, spec: BucketSpec) -> None:
         self._keep = spec  # its tensors live as long as their addresses are used
         self._index = spec.device.index or 0
-        self._on_gpu = spec.device.type == "cuda"
+        self._guarded = self._index if spec.device.type == "cuda" else None
         skipped = 0 if spec.skipped is None else spec.skipped.data_ptr()
-        self._launches = _module().Launches(
-            self._index,
-            rule_index(spec.rule),
-            *(DTYPE_CODES[dtype] for dtype in (spec.param, spec.grad, spec.state)),
-            spec.master,
-            spec.ema,
-            spec.rows,
-            spec.tensors,
-            spec.chunks,
-            spec.first_tensor,
-            spec.bucket_tensors,
-            spec.first_chunk,
-            spec.bucket_chunks,
-            spec.table.data_ptr(),
-            spec.sums.data_ptr(),
-            spec.sums.shape[0],
-            spec.ticket.data_ptr(),
-            spec.result.data_ptr(),
-            skipped,
-        )
+        with _on(self._guarded):
+            self._launches = _module().Launches(
+                self._index,
+                rule_index(spec.rule),
+                *(DTYPE_CODES[dtype] for dtype in (spec.param, spec.grad, spec.state)),
+                spec.master,
+                spec.ema,
+                spec.rows,
+                spec.tensors,
+                spec.chunks,
+                spec.first_tensor,
+                spec.bucket_tensors,
+                spec.first_chunk,
+                spec.bucket_chunks,
+                spec.table.data_ptr(),
+                spec.sums.data_ptr(),
+                spec.sums.shape[0],
+                spec.ticket.data_ptr(),
+                spec.result.data_ptr(),
+                skipped,
+            )
 
     def _stream(self) -> int:
-        return _current_raw_stream(self._index) if self._on_gpu else 0
+        return 0 if self._guarded is None else _current_raw_stream(self._index)
 
     def norm(self, words: int, n_words: int) -> None:
         count_launch()
-        self._launches.norm(self._stream(), words, n_words)
+        with _on(self._guarded):
+            self._launches.norm(self._stream(), words, n_words)
 
     def update(self, sums: Tensor) -> None:
         count_launch()
-        self._launches.update(self._stream(), sums.data_ptr(), sums.shape[0])
+        with _on(self._guarded):
+            self._launches.update(self._stream(), sums.data_ptr(), sums.shape[0])
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _on(index: int | None) -> contextlib.AbstractContextManager[Any]:
+    """This GPU as the current one; None: no matter."""
+    return _HERE if index is None or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _current_raw_stream(index: int) -> int:

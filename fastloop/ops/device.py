@@ -42,6 +42,8 @@ class DevicePart:
         self._launches: list[BucketLaunches] = []
         self._changed = False
         self._held: tuple[Any, ...] = ()  # what the launches of this step read beside the table
+        # A captured step writes the table when its graph is replayed: the host then no longer knows what it holds.
+        self.in_graph = False
 
     def finish(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], elsewhere: list[Tensor], kinds: list[int],
@@ -62,7 +64,7 @@ class DevicePart:
         programs = [max(1, min(bucket["chunks"], most)) for bucket in buckets]
         self.sums = torch.zeros((sum(programs), 2), dtype=torch.float64, device=self.device)
         self.result = torch.zeros(2, dtype=torch.float64, device=self.device)
-        tickets = torch.zeros(len(buckets), dtype=torch.int32, device=self.device)
+        self._tickets = tickets = torch.zeros(len(buckets), dtype=torch.int32, device=self.device)
         rows, tensors, chunks = table.layout
         self._rows_of_kind: dict[int, slice] = {}
         start = 0
@@ -111,10 +113,11 @@ class DevicePart:
         scale = self._scalar(grad_scale, 1.0)
         found = self._scalar(found_inf, False)
         addresses = [0 if t is None else t.data_ptr() | (t.dtype == torch.float64) for t in (scale, found)]
+        self.in_graph = self.in_graph or self._capturing()
         changed = self.plan.refresh(groups, state, grads, *addresses, check_finite, zero_grads)
         if changed is None:
             return False
-        self._changed = self._changed or changed
+        self._changed = self._changed or changed or self.in_graph
         self._held = (scale, found, grads)
         return True
 
@@ -124,6 +127,11 @@ class DevicePart:
             if value == absent:
                 return None
             return torch.full((), float(value), dtype=torch.float64, device=self.device)
+        if value.device.type == "cpu" and self._capturing():
+            raise RuntimeError(
+                "[fastloop] grad_scale and found_inf must be on the parameters' device in a step that is captured, "
+                "got a tensor on the CPU: a replay would read its memory later"
+            )
         if value.device == self.device and value.dtype in (torch.float32, torch.float64):
             return value.detach()
         return value.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
@@ -132,7 +140,6 @@ class DevicePart:
         """Launch 1: deliver what changed and, with `measure`, write the partial sums to `sums`."""
         words = 0
         if self._changed:
-            self._changed = False
             if self._front <= self._kernels.INLINE_WORDS:
                 words = self._front
             else:
@@ -143,12 +150,30 @@ class DevicePart:
                 words = 0
         elif words:
             self._launches[0].norm(self._address, words)
+        self._changed = False  # now that it has been delivered
 
     def update(self, sums: Tensor) -> None:
         """Launch 2, with the norm that the rows of `sums` (float64 [n, 2], on this device) add up to."""
         for launches in self._launches:
             launches.update(sums)
         self.plan.count_versions()
+        self._held = ()  # memory that is freed is reused in the order of the stream
+
+    def zero_grads(self) -> None:
+        """What the kernels could not zero: gradients that they read as copies, or that two parameters share."""
+        if self.reads_grads and not self.plan.zeroes_afterwards:
+            return
+        with torch.no_grad():
+            for p in self.params:
+                if p.grad is not None:
+                    p.grad.zero_()
+
+    def release(self) -> None:
+        """Before the plan is dropped: launches on the current stream may still read its memory."""
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in (self.table, self.sums, self.result, self._tickets):
+                tensor.record_stream(stream)
 
     def sums_of_kind(self, kind: int) -> Tensor:
         """Sums of squares of one kind: float64 [2], on the device."""
@@ -156,6 +181,9 @@ class DevicePart:
         if rows is None:
             return torch.zeros(2, dtype=torch.float64, device=self.device)
         return self.sums[rows].sum(dim=0)
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _staging(self) -> Tensor | None:
         if self.device.type != "cuda" or self._front <= self._kernels.INLINE_WORDS:
@@ -169,19 +197,23 @@ class DevicePart:
         if self.device.type != "cuda":
             self.table[: self._front].copy_(front)
             return
-        if torch.cuda.is_current_stream_capturing():
-            if self._spare is None:
+        if self._capturing():
+            if self._captured and torch.equal(self._captured[-1], front):
+                staging = self._captured[-1]
+            elif self._spare is None:
                 raise RuntimeError(
                     "[fastloop] a second graph captures a step of this optimizer before a step was made outside of "
                     "a capture; make one in between"
                 )
-            staging, self._spare = self._spare, None
-            self._captured.append(staging)  # a replay reads it again
+            else:
+                staging, self._spare = self._spare, None
+                staging.copy_(front)
+                self._captured.append(staging)  # a replay reads it again
         else:
             if self._spare is None:
                 self._spare = self._staging()
             staging = torch.empty(self._front, dtype=torch.int64, pin_memory=True)  # torch reuses it after the copy
-        staging.copy_(front)
+            staging.copy_(front)
         self.table[: self._front].copy_(staging, non_blocking=True)
 
 

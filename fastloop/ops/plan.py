@@ -128,6 +128,8 @@ class StepPlan:
         self._locals = [(t, local_shard(t)) for t in touched if not _plain(t)]
         self.direct = self._may_be_direct()
         self.on_device = bool(self._devices) and self._native is None and not self._outside
+        if self.on_device:
+            self._home = self._devices[0].device
         if self._outside or (self._native is None and not self._devices):
             self._seen = self._fingerprint(groups, state)
 
@@ -179,6 +181,16 @@ class StepPlan:
     def _params(self) -> list[Tensor]:
         return [*self._kernel_params, *(p for part in self._devices for p in part.params), *self.outside]
 
+    def release(self) -> None:
+        """Before the plan is dropped."""
+        for part in self._devices:
+            part.release()
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a captured graph may hold the addresses of this plan."""
+        return any(part.in_graph for part in self._devices)
+
     @property
     def counts_skips(self) -> bool:
         """Whether a device counts the skipped steps."""
@@ -222,7 +234,7 @@ class StepPlan:
         sums = [part.sums for part in self._devices]
         if measured and (len(self._devices) > 1 or any(_process_groups(kind, self.norm_group) for kind in self._kinds)):
             total = self._totals([torch.zeros(2, dtype=torch.float64, device=self._home) for _ in self._kinds])
-            sums = [total.to(part.device, non_blocking=True) for part in self._devices]
+            sums = [_moved(total, part.device) for part in self._devices]
         for part, its_sums in zip(self._devices, sums, strict=True):
             part.update(its_sums)
         self._after_devices(c)
@@ -243,6 +255,8 @@ class StepPlan:
 
     def _after_devices(self, c: Controls) -> None:
         if c.zero_grads:
+            for part in self._devices:
+                part.zero_grads()
             torch.autograd.graph.increment_version(
                 [g for part in self._devices for p in part.params if (g := p.grad) is not None]
             )
@@ -311,7 +325,7 @@ class StepPlan:
         """
         for i, kind in enumerate(self._kinds):
             for part in self._devices:
-                totals[i] = totals[i] + part.sums_of_kind(i).to(totals[i].device, non_blocking=True)
+                totals[i] = totals[i] + _moved(part.sums_of_kind(i), totals[i].device)
             for process_group in _process_groups(kind, self.norm_group):
                 torch.distributed.all_reduce(totals[i], group=process_group)
         return torch.stack(totals) if totals else torch.zeros((1, 2), dtype=torch.float64, device=self._home)
@@ -394,6 +408,11 @@ def _add(plan: Any, s: Slots) -> bool:
             s.count,
         )
     )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`: between GPUs without waiting; a copy to the CPU has to arrive before it is read."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _others(slots: Sequence[Slots], params: Sequence[Tensor]) -> list[Tensor]:

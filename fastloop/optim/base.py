@@ -94,6 +94,7 @@ class FusedOptimizer(Optimizer):
     _plan: StepPlan | None = None
     _steps_done: Mapping[int, int] = MappingProxyType({})  # by id of the parameter, from plans that were dropped
     _device_counts: Mapping[int, Tensor] = MappingProxyType({})  # by id of the parameter: its count on its device
+    _captured_plans: tuple[StepPlan, ...] = ()  # graphs that were captured address their memory
     _controls: Controls | None = None
     _norm: float | Tensor | None = None
     _found_inf: bool | Tensor | None = False
@@ -173,6 +174,11 @@ class FusedOptimizer(Optimizer):
             assert plan is not None
             if self._master_versions is not None and self._masters_moved():
                 self._sync_masters()
+            if (not plan.on_device or controls.stop_nonfinite) and _is_capturing():
+                raise RuntimeError(
+                    f"[{type(self).__name__}] this step waits for the device and cannot be captured in a graph: "
+                    "error_if_nonfinite=True, or parameters on the reference backend"
+                )
             outcome = plan.step(self.param_groups, self.state, controls)
             if outcome != STALE:
                 break
@@ -207,7 +213,7 @@ class FusedOptimizer(Optimizer):
     def _drop_unused_states(self) -> None:
         """Without a count in the state, a buffer is what says that a first step has been done."""
         done = {} if self._plan is None else self._plan.steps_done()
-        done.update({key: int(count) for key, count in self._device_counts.items()})  # waits for the device
+        done.update(_numbers(self._device_counts))
         for group in self.param_groups:
             for p in group["params"]:
                 if done.get(id(p)) == 0:
@@ -264,7 +270,8 @@ class FusedOptimizer(Optimizer):
     def found_inf_of_last_step(self, device: torch.device) -> Tensor:
         """1.0 if the last step was skipped for gradients that were not finite, else 0.0; waits for no device."""
         if isinstance(self._found_inf, Tensor):
-            return self._found_inf.to(device=device, dtype=torch.float32, copy=True, non_blocking=True)
+            blocking = device.type == "cpu"
+            return self._found_inf.to(device=device, dtype=torch.float32, copy=True, non_blocking=not blocking)
         return torch.full((), float(bool(self._found_inf)), dtype=torch.float32, device=device)
 
     # ---- building the plan
@@ -274,13 +281,16 @@ class FusedOptimizer(Optimizer):
         plan = self.__dict__.get("_plan")
         if plan is not None:
             self._steps_done = {**self._steps_done, **plan.steps_done()}
+            plan.release()
+            if plan.in_graph:
+                self._captured_plans = (*self._captured_plans, plan)
         self._plan = None
         self._master_versions = None
 
     def _build_plan(self) -> None:
         where = type(self).__name__
         backend = self.defaults.get("backend", "auto")
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _is_capturing():
             raise RuntimeError(
                 f"[{where}] parameters, gradients or settings are not those of the last step, and a graph is being "
                 "captured: make one step outside of the capture first"
@@ -558,10 +568,32 @@ class FusedOptimizer(Optimizer):
         self._forget_plan()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. SGD's momentum buffers of parameters whose every step was skipped are left out."""
+        """As torch's: `step` is on the CPU unless a group is fused or capturable; reading it waits for the device.
+
+        SGD's momentum buffers of parameters whose every step was skipped are left out.
+        """
         if not self._counts_steps and self._device_counts:
             self._drop_unused_states()
-        return super().state_dict()
+        saved = super().state_dict()
+        return self._with_steps_on_the_cpu(saved) if self._counts_steps else saved
+
+    def _with_steps_on_the_cpu(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """torch's own optimizers read a count on a GPU once for each parameter and step, unless they are told."""
+        steps = {}
+        for group in saved["param_groups"]:
+            if group.get("fused") or group.get("capturable"):
+                continue
+            for index in group["params"]:
+                step = saved["state"].get(index, {}).get("step")
+                if isinstance(step, Tensor) and local_shard(step).device.type not in ("cpu", "meta"):
+                    steps[index] = step
+        if not steps:
+            return saved
+        state = dict(saved["state"])
+        for index, number in _numbers(steps).items():
+            step = torch.full((), number, dtype=steps[index].dtype)
+            state[index] = {**state[index], "step": step}
+        return {**saved, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_plan()
@@ -728,6 +760,18 @@ def scalar_dtype() -> torch.dtype:
 # ---- tensors
 
 
+def _numbers(scalars: Mapping[Any, Tensor]) -> dict[Any, float]:
+    """Values of scalars on devices, with one wait for each device."""
+    by_device: dict[torch.device, list[Any]] = {}
+    for key, scalar in scalars.items():
+        by_device.setdefault(scalar.device, []).append(key)
+    numbers: dict[Any, float] = {}
+    for keys in by_device.values():
+        stacked = torch.stack([scalars[key].detach().to(torch.float64) for key in keys])
+        numbers.update(zip(keys, stacked.tolist(), strict=True))
+    return numbers
+
+
 def zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
     """A zero state in the parameter's layout; large ones on huge pages where the system grants them."""
     module = native()
@@ -755,6 +799,10 @@ def _check_graph_capture(optimizer: Optimizer) -> None:
         return  # SGD: torch's has no such setting, and may be captured
     name = "_accelerator_graph_capture_health_check"  # torch before 2.10 has it under CUDA's name
     getattr(optimizer, name, optimizer._cuda_graph_capture_health_check)()
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _has_memory(p: Tensor) -> bool:

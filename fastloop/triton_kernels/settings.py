@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 ACCESS_BYTES = 16  # of one thread
+# Which of two products is fused with their sum would be the compiler's choice, and not the same for aligned and other
+# elements: an element's bits would depend on its place.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Settings:
         return self.threads * ACCESS_BYTES // widest_bytes
 
     def cuda_options(self) -> dict[str, Any]:
-        return {"num_warps": self.threads // 32, "maxnreg": self.max_registers}
+        return {"num_warps": self.threads // 32, "maxnreg": self.max_registers, **UNFUSED}
 
 
 DEFAULT = Settings()
@@ -60,7 +63,7 @@ def settings_for(device: torch.device) -> tuple[Settings, dict[str, Any]]:
         settings = settings_of(10 * major + minor)
         return settings, settings.cuda_options()
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32  # 64 on CDNA
-    return DEFAULT, {"num_warps": DEFAULT.threads // warp}
+    return DEFAULT, {"num_warps": DEFAULT.threads // warp, **UNFUSED}
 
 
 def programs(device: torch.device) -> int:
