@@ -317,3 +317,16 @@ def torch_twin(opt: torch.optim.Optimizer, settings: Mapping[str, Any]) -> torch
     """torch's optimizer of the same name over copies of the parameters, with one group."""
     params = [torch.nn.Parameter(p.detach().clone()) for group in opt.param_groups for p in group["params"]]
     return torch_class(type(opt).__name__)(params, **settings)
+
+
+def training_step(model: torch.nn.Module, opt: torch.optim.Optimizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Forward, backward, step and zero_grad as one function, as people compile it."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    return step

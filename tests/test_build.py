@@ -32,12 +32,17 @@ SHIPPED = [
 SYSTEM_LIBRARIES = re.compile(r"^(lib(c|m|dl|pthread|rt|gcc_s|stdc\+\+|gomp)\.so\.\d+|ld-linux-.*\.so\.\d)$")
 
 
+def built(name: str, absent: str) -> Path:
+    """The file of a compiled module; skips where there is none."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        pytest.skip(absent)
+    return Path(spec.origin)
+
+
 @pytest.fixture(scope="module")
 def native_module() -> Path:
-    spec = importlib.util.find_spec("fastloop._native")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the native module (built with FASTLOOP_NATIVE=ON)")
-    return Path(spec.origin)
+    return built("fastloop._native", "needs the native module (built with FASTLOOP_NATIVE=ON)")
 
 
 @pytest.fixture
@@ -69,10 +74,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def cuda_module() -> Path:
-    spec = importlib.util.find_spec("fastloop._cuda")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the CUDA module (built where a CUDA toolkit is found)")
-    return Path(spec.origin)
+    return built("fastloop._cuda", "needs the CUDA module (built where a CUDA toolkit is found)")
 
 
 def global_symbols(module: Path) -> list[str]:

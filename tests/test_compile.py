@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES
-from support import bits, example, make
+from support import bits, example, make, training_step
 from torch._dynamo.testing import CompileCounter
 
 every_optimizer = pytest.mark.parametrize("name", CASES)
@@ -31,17 +31,6 @@ def new_model_and_optimizer(name, **settings):
 def batches():
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(16, 6, generator=generator) for _ in range(STEPS)]
-
-
-def training_step(model, opt):
-    def step(x):
-        loss = model(x).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss
-
-    return step
 
 
 def run(step, scheduler=None, counter=None):

@@ -27,6 +27,7 @@ from support import (
     threads,
     torch_class,
     torch_twin,
+    training_step,
     values,
 )
 from torch.optim import lr_scheduler
@@ -727,15 +728,8 @@ def test_a_compiled_training_step_does_not_crash_or_recompile_per_step(name, bac
         compilations.append(graph)
         return graph
 
-    def step(x):
-        loss = model(x).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss
-
     torch._dynamo.reset()
-    compiled = torch.compile(step, backend=compiler)
+    compiled = torch.compile(training_step(model, opt), backend=compiler)
     counts = []
     for seed in range(6):
         torch.manual_seed(seed)

@@ -32,6 +32,7 @@ PYTHON_FLOORS = {
 
 # Folders of csrc/. A folder may include itself and the floors below; cpu and cuda do not meet.
 NATIVE_FLOORS = {"core": 0, "rules": 1, "cpu": 2, "cuda": 2, "bindings": 3, "tests": 4}
+IMPORTING = ("import_module", "load_extension")  # functions that import the module that they are given
 TORCH_INCLUDE = re.compile(r"^(torch|ATen|c10|caffe2|THC?)(/|\.h)")
 PYTHON_INCLUDE = re.compile(r"^(pybind11/|Python\.h)")
 
@@ -63,7 +64,7 @@ def imported_modules(module: str, is_package: bool, source: str, modules: set[st
                 else base
                 for alias in node.names
             ]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(IMPORTING) and node.args:
             names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else []
         else:
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloop.ops.launches import BucketSpec, count_launch
-from fastloop.ops.native import native
+from fastloop.ops.native import load_extension, native
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/core/dtype.h
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -33,15 +32,8 @@ def is_emulated() -> bool:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    try:
-        module = importlib.import_module("fastloop._cuda")
-    except ModuleNotFoundError as error:
-        if error.name != "fastloop._cuda":
-            raise
-        return None, "installed without CUDA kernels (no CUDA toolkit when fastloop was built, or FASTLOOP_CUDA=OFF)"
-    except ImportError as error:
-        return None, f"fastloop._cuda does not load: {error}"
-    return module, ""
+    absent = "installed without CUDA kernels (no CUDA toolkit when fastloop was built, or FASTLOOP_CUDA=OFF)"
+    return load_extension("fastloop._cuda", absent)
 
 
 @functools.cache

@@ -55,7 +55,6 @@ class DevicePart:
         self._address: int = table.address
         self._front: int = table.front_words
         self._words = _host_words(table.address, table.words)
-        self._keep_table = table
         self.table = on_device(self._words.clone(), self.device)
         self._spare = self._staging()  # for a step that is captured in a graph: pinned memory cannot be made there
         self._captured: list[Tensor] = []

@@ -123,13 +123,14 @@ class StepPlan:
             kinds = [self._kinds.index(_reduction(p)) for p in part.params]
             part.finish(groups, state, _others(slots, part.params), kinds, self._skipped if i == 0 else None)
             part.reads_grads = _readable(part.params)
-        self._home = next((local_shard(p).device for g in groups for p in g["params"]), torch.device("cpu"))
         touched = [t for s in slots for t in (s.param, *s.states, s.master, s.ema, s.step) if t is not None]
         self._locals = [(t, local_shard(t)) for t in touched if not _plain(t)]
         self.direct = self._may_be_direct()
         self.on_device = bool(self._devices) and self._native is None and not self._outside
         if self.on_device:
             self._home = self._devices[0].device
+        else:
+            self._home = next((local_shard(p).device for g in groups for p in g["params"]), torch.device("cpu"))
         if self._outside or (self._native is None and not self._devices):
             self._seen = self._fingerprint(groups, state)
 
@@ -214,7 +215,13 @@ class StepPlan:
         """Run one step. Returns DONE, SKIPPED, STOPPED or STALE; after the last two nothing was touched."""
         if self.direct:
             outcome, self.norm = self._native.step(
-                groups, state, float(c.grad_scale), bool(c.found_inf), c.check_finite, c.stop_nonfinite, c.zero_grads
+                groups,
+                state,
+                float(c.grad_scale),
+                float(c.found_inf) > 0,
+                c.check_finite,
+                c.stop_nonfinite,
+                c.zero_grads,
             )
             if c.zero_grads and outcome in (DONE, SKIPPED):
                 torch.autograd.graph.increment_version([g for p in self._kernel_params if (g := p.grad) is not None])
@@ -225,7 +232,7 @@ class StepPlan:
 
     def _step_on_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
         """Launch and go on: DONE says that the device has been told, not that the step was not skipped."""
-        if self._locals_moved() or self._refresh_devices(groups, state, c) is None:
+        if self._locals_moved() or not self._refresh_devices(groups, state, c):
             return STALE
         clips = self._devices[0].plan.clips
         measured = clips or c.check_finite
@@ -241,16 +248,16 @@ class StepPlan:
         self.norm = self._devices[0].result[0] if clips else None
         return DONE
 
-    def _refresh_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> bool | None:
-        """None: stale."""
-        if self._devices and groups[0].get("skipped_steps") is not self._skipped:
-            return None
+    def _refresh_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> bool:
+        """False: stale."""
+        if groups[0].get("skipped_steps") is not self._skipped:
+            return False
         for part in self._devices:
             if not part.reads_grads:
                 part.reads_grads = _readable(part.params)  # gradients in another layout may do so no more
             grads = None if part.reads_grads else [_grad_like(p) for p in part.params]
             if not part.refresh(groups, state, grads, c.grad_scale, c.found_inf, c.check_finite, c.zero_grads):
-                return None
+                return False
         return True
 
     def _after_devices(self, c: Controls) -> None:
@@ -274,7 +281,7 @@ class StepPlan:
             return STALE
         if not self.serves_sparse and any(_is_sparse(p.grad) for p in self._params()):
             return STALE
-        if self._devices and self._refresh_devices(groups, state, c) is None:
+        if self._devices and not self._refresh_devices(groups, state, c):
             return STALE
         grads = [_grad_like(p) for p in self._kernel_params]
         if self._native is not None and not self._native.gather(groups, state, grads):
