@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from interpreter import replace_the_language_once_a_launch
 
 # Without a GPU the device backends run on CPU tensors: Triton's kernels interpreted, CUDA's in an emulated build
 # (csrc/cuda/emulate.h). Triton reads its variable when it is imported.
@@ -42,6 +43,14 @@ def _emulated_cuda() -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         cuda.emulate(module)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_triton() -> None:
+    import fastloop
+
+    if not HAS_GPU and fastloop.backends()["triton"]["available"]:
+        replace_the_language_once_a_launch()
 
 
 # Interpreted kernels take tenths of a second a step. tests/test_triton.py and tests/test_device.py run them every time.

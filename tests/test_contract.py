@@ -18,6 +18,7 @@ from support import (
     make,
     parameters,
     set_grads,
+    shapes_for,
     threads,
 )
 
@@ -90,7 +91,7 @@ def steps(opt: torch.optim.Optimizer, count: int = 3) -> None:
 @every_dtype
 @every_setting
 def test_a_step_is_within_the_bound_of_the_oracle(name, settings, dtype, backend):
-    opt = make(name, parameters(dtype=dtype), backend=backend, **settings)
+    opt = make(name, parameters(shapes_for(backend), dtype), backend=backend, **settings)
     for key, value in settings.items():
         assert opt.param_groups[0][key] == value
     steps(opt)
@@ -100,7 +101,7 @@ def test_a_step_is_within_the_bound_of_the_oracle(name, settings, dtype, backend
 @every_optimizer
 def test_storage(name, storage, backend):
     dtype, grad_dtype, arguments = STORAGE[storage]
-    params = parameters(dtype=dtype, grad_dtype=grad_dtype)
+    params = parameters(shapes_for(backend), dtype, grad_dtype)
     opt = make(name, params, backend=backend, max_grad_norm=1.0, ema_decay=0.9, **arguments, **example(name))
     steps(opt)
     for p in params:
@@ -114,7 +115,7 @@ def test_storage(name, storage, backend):
 @pytest.mark.parametrize("options", OPTIONS)
 @every_optimizer
 def test_options(name, options, dtype, backend):
-    opt = make(name, parameters(dtype=dtype), backend=backend, **OPTIONS[options], **example(name))
+    opt = make(name, parameters(shapes_for(backend), dtype), backend=backend, **OPTIONS[options], **example(name))
     steps(opt)
     if "max_grad_norm" not in OPTIONS[options]:
         assert opt.grad_norm is None
@@ -126,7 +127,7 @@ def test_options(name, options, dtype, backend):
 def test_gradients_are_unscaled(name, scale, dtype, backend):
     if dtype == torch.float64 and scale == 3000.0:
         scale = 2.0**40
-    opt = make(name, parameters(dtype=dtype), backend=backend, max_grad_norm=1e-4, **example(name))
+    opt = make(name, parameters(shapes_for(backend), dtype), backend=backend, max_grad_norm=1e-4, **example(name))
     opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(0.0)
     steps(opt)
 
@@ -152,7 +153,7 @@ def trajectory(name: str, backend: str, dtype: torch.dtype, count: int) -> list:
 @every_optimizer
 def test_bitwise_the_same_from_run_to_run_and_for_every_thread_count(name, dtype, backend):
     first = trajectory(name, backend, dtype, 1)
-    for count in (1, 2, 3):
+    for count in (1,) if backend == "triton" else (1, 2, 3):  # interpreted kernels know no threads
         assert trajectory(name, backend, dtype, count) == first, f"{count} threads"
 
 
@@ -164,9 +165,10 @@ def test_tensors_larger_than_a_chunk_are_within_the_bound(name, backend):
 
 @every_optimizer
 def test_many_small_tensors(name, backend):
+    count = 30 if backend == "triton" else 300  # 20 ms a tensor; still several for each program of a launch
     opt = make(
         name,
-        parameters([(1 + i % 7,) for i in range(300)]),
+        parameters([(1 + i % 7,) for i in range(count)]),
         backend=backend,
         max_grad_norm=1.0,
         **example(name),
@@ -188,7 +190,7 @@ def poison(params, value: float) -> None:
 @pytest.mark.parametrize("bad", BAD)
 @every_optimizer
 def test_a_nonfinite_norm_skips_the_step(name, bad, dtype, backend):
-    params = parameters(dtype=dtype)
+    params = parameters(shapes_for(backend), dtype)
     opt = make(name, params, backend=backend, max_grad_norm=1.0, ema_decay=0.9, **example(name))
     steps(opt, 2)
     set_grads(params)
@@ -204,7 +206,7 @@ def test_a_nonfinite_norm_skips_the_step(name, bad, dtype, backend):
 @pytest.mark.parametrize("clip", [None, 1.0])
 @every_optimizer
 def test_found_inf_skips_the_step(name, clip, with_scale, backend):
-    params = parameters()
+    params = parameters(shapes_for(backend))
     opt = make(name, params, backend=backend, max_grad_norm=clip, ema_decay=0.9, master_weights=True, **example(name))
     steps(opt, 1)
     set_grads(params)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -207,6 +208,45 @@ def test_counts_beyond_what_a_float_counts(device_backend):
     opt.step()
     (count,) = opt._device_counts.values()
     assert int(count) == 2**24 + 2
+
+
+def test_a_number_that_divides_the_gradients_travels_with_the_table(device_backend):
+    """No tensor is made for it on the device; the bits are those of a tensor's."""
+    outcomes = []
+    for as_tensor in (False, True):
+        torch.manual_seed(0)
+        opt = make("AdamW", many(7, groups=2), backend=device_backend, **example("AdamW"))
+        opt.step()
+        told = (2, 0) if device_backend == "cuda" else (1, 1)
+        for scale, first in ((3.0, told), (0.1, told), (1.0, told)):
+            opt.grad_scale = torch.tensor(scale, dtype=torch.float64) if as_tensor else scale
+            launches = counted(opt)
+            if not as_tensor:
+                assert launches == first, scale
+            assert counted(opt) == (1, 0), "the second time nothing is new"
+        outcomes.append(bits_of(opt))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_rule_with_as_many_hyperparameters_as_a_row_has_words_is_refused():
+    """The last word of the first row is where that number travels."""
+    for hypers, refused in ((7, False), (8, True)):
+        plan = native().Plan([("lr", -1)] * hypers, [], (1, 0))
+        group = {"params": [], "lr": 0.1}
+        plan.finish([group], {}, [])
+        with pytest.raises(ValueError, match="too many hyperparameters") if refused else contextlib.nullcontext():
+            plan.make_table([])
+
+
+def test_a_norm_that_is_asked_for_later_under_error_if_nonfinite(device_backend):
+    params = parameters([(5,), (2,)])
+    opt = fastloop.AdamW(params, error_if_nonfinite=True, backend=device_backend)
+    set_grads(params)
+    checked_step(opt)
+    assert opt.grad_norm is None
+    opt.param_groups[0]["max_grad_norm"] = 0.1
+    checked_step(opt)
+    assert float(opt.grad_norm) > 0
 
 
 # -- what stays on the device --------------------------------------------------------------------------------

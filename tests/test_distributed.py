@@ -21,6 +21,7 @@ import pytest
 import torch
 from cases import CASES
 from conftest import EMULATED, HAS_GPU
+from interpreter import replace_the_language_once_a_launch
 from mirror import mirror
 from support import bits, checked_step, example, make, values
 
@@ -105,6 +106,8 @@ def emulate_cuda():
 def serve(rank, world, rendezvous, requests, answers):
     torch.set_num_threads(1)
     emulate_cuda()
+    if not HAS_GPU and fastloop.backends()["triton"]["available"]:
+        replace_the_language_once_a_launch()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(
         "gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=SECONDS)

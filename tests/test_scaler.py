@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 
 import pytest
@@ -274,6 +275,69 @@ def test_error_if_nonfinite_under_a_scaler_raises_and_leaves_everything(backend)
     with pytest.raises(RuntimeError, match=r"(non-?|not )finite"):
         scaler.step(opt)
     assert [bits(p) for p in problem.params] == before
+
+
+@pytest.mark.parametrize("clip", [None, math.inf, 0.1])
+@every_optimizer
+def test_a_scaled_step_goes_the_way_of_a_plain_one(name, clip, backend, monkeypatch):
+    """No second look at the settings, no new plan: a loop divides accumulated gradients at almost every step."""
+    if backend == "reference":
+        pytest.skip("the reference looks at everything at every step; this needs kernels")
+    problem = Problem()
+    opt = make(name, problem.params, backend=backend, max_grad_norm=clip, **example(name))
+    for p in problem.params:
+        p.grad = values(p.shape)
+    opt.step()
+    plan = opt._plan
+    monkeypatch.setattr(type(opt), "_step_slowly", lambda self: pytest.fail("the slow way"))
+    for scale in (3.0, 3, 0.1, 1.0, torch.tensor(7.0), torch.tensor(0.7, dtype=torch.float64), torch.tensor([5.0])):
+        opt.grad_scale = scale
+        checked_step(opt)
+        with opt.scaled_by(2.0):
+            checked_step(opt)
+        assert not hasattr(opt, "grad_scale"), "as torch's scaler leaves it"
+    for found in (0.0, torch.tensor(0.0)):
+        opt.grad_scale, opt.found_inf = 2.0, found
+        checked_step(opt)
+    before = bits_of(opt)
+    for skipped, found in enumerate((True, 1.0, torch.tensor(1.0)), 1):
+        opt.found_inf = found
+        opt.step()
+        assert bits_of(opt) == before
+        assert opt.skipped_steps.item() == skipped
+    del opt.grad_scale, opt.found_inf
+    checked_step(opt)
+    assert opt._plan is plan
+
+
+@every_optimizer
+def test_a_changed_setting_is_checked_in_a_scaled_step_too(name, backend):
+    problem = Problem()
+    opt = make(name, problem.params, backend=backend, max_grad_norm=1.0, **example(name))
+    for p in problem.params:
+        p.grad = values(p.shape)
+    opt.grad_scale = 2.0
+    checked_step(opt)
+    before = bits_of(opt)
+    opt.param_groups[0]["max_grad_norm"] = -1.0
+    with pytest.raises(ValueError, match="max_grad_norm must be above 0"):
+        opt.step()
+    assert bits_of(opt) == before
+    opt.param_groups[0]["max_grad_norm"] = 0.3
+    checked_step(opt)
+
+
+@every_optimizer
+def test_a_scale_of_several_numbers_is_refused(name, backend):
+    problem = Problem()
+    opt = make(name, problem.params, backend=backend, max_grad_norm=1.0, **example(name))
+    for p in problem.params:
+        p.grad = values(p.shape)
+    before = bits_of(opt)
+    opt.grad_scale = torch.ones(2)
+    with pytest.raises((RuntimeError, ValueError), match=r"one element|2 elements"):
+        opt.step()
+    assert [b[0] for b in bits_of(opt)] == [b[0] for b in before]
 
 
 @every_scaler

@@ -203,6 +203,7 @@ PYBIND11_MODULE(_native, m) {
       .def("steps_done", &PyPlan::steps_done)
       .def("make_table", &PyPlan::make_table, py::arg("kinds"), py::return_value_policy::reference_internal)
       .def("refresh", &PyPlan::refresh)
+      .def("scalar_address", &PyPlan::scalar_address)
       .def_property_readonly("clips", &PyPlan::clips)
       .def_property_readonly("zeroes_afterwards", &PyPlan::zeroes_afterwards)
       .def("count_versions", &PyPlan::count_versions);
@@ -212,6 +213,7 @@ PYBIND11_MODULE(_native, m) {
                              [](const DeviceTable& t) { return reinterpret_cast<std::uintptr_t>(t.words().data()); })
       .def_property_readonly("words", [](const DeviceTable& t) { return t.layout().all_words(); })
       .def_property_readonly("front_words", [](const DeviceTable& t) { return t.layout().tensor_words(); })
+      .def_property_readonly("scale_word", [](const DeviceTable& t) { return t.layout().scale_word(); })
       .def_property_readonly(
           "layout",
           [](const DeviceTable& t) { return py::make_tuple(t.layout().rows, t.layout().tensors, t.layout().chunks); })

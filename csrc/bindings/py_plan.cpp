@@ -42,6 +42,15 @@ bool to_double(PyObject* value, double* out) {
   return true;
 }
 
+// What may be None for `absent`. Throws what Python raises for something that is no number.
+double number_or(py::handle value, double absent) {
+  if (value.is_none()) return absent;
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Float(value.ptr()));
+  if (!number) throw py::error_already_set();
+  return PyFloat_AS_DOUBLE(number.ptr());
+}
+
 PyObject* new_reference(PyObject* object) {
   Py_INCREF(object);
   return object;
@@ -214,19 +223,20 @@ bool PyPlan::state_holds(const py::dict& state) const {
   return true;
 }
 
+Word PyPlan::scalar_address(py::handle value) const {
+  TensorView view;
+  Layout layout;
+  if (!tensor_reader().read(value.ptr(), &view, &layout) || !view.is_on(device_) || !layout.single) return 0;
+  if (view.dtype != DType::kF32 && view.dtype != DType::kF64) return 0;
+  return reinterpret_cast<Word>(view.data) | (view.dtype == DType::kF64 ? kIsDouble : 0);
+}
+
 // A number now, or where the device finds it: reading a scalar on a GPU would wait for the GPU.
 bool PyPlan::read_hyper(PyObject* value, std::size_t row, std::size_t k) {
-  hyper_addresses_[row][k] = 0;
-  if (as_table_ && !PyFloat_Check(value) && !PyLong_Check(value)) {
-    TensorView view;
-    Layout layout;
-    if (tensor_reader().read(value, &view, &layout) && view.is_on(device_) && layout.single &&
-        (view.dtype == DType::kF32 || view.dtype == DType::kF64)) {
-      hyper_addresses_[row][k] = reinterpret_cast<Word>(view.data) | (view.dtype == DType::kF64 ? kIsDouble : 0);
-      return true;
-    }
-  }
-  return to_double(value, &plan_.rows()[row].hyper[k]);
+  const bool may_be_there = as_table_ && !PyFloat_Check(value) && !PyLong_Check(value);
+  const Word address = may_be_there ? scalar_address(value) : 0;
+  hyper_addresses_[row][k] = address;
+  return address != 0 || to_double(value, &plan_.rows()[row].hyper[k]);
 }
 
 bool PyPlan::read_row(PyObject* group, std::size_t index) {
@@ -407,21 +417,21 @@ bool PyPlan::gather(const py::list& groups, const py::dict& state, const py::obj
   return groups_hold(groups) && state_holds(state) && grads_hold(grads, true) && tensors_hold();
 }
 
-py::tuple PyPlan::step(const py::list& groups, const py::dict& state, double grad_scale, bool found_inf,
+py::tuple PyPlan::step(const py::list& groups, const py::dict& state, py::handle grad_scale, py::handle found_inf,
                        bool check_finite, bool stop_nonfinite, bool zero_grads) {
   check_not_running();
   kept_.clear();
+  StepControls controls;
+  controls.grad_scale = number_or(grad_scale, 1);
+  controls.found_inf = number_or(found_inf, 0) > 0;
   const bool releases = plan_.elements() >= kReleaseGilElements;
   if (!groups_hold(groups) || !state_holds(state) || !grads_hold(py::none(), releases)) {
     return answer(Outcome::kStale, false, 0);
   }
   const bool zero_afterwards = zero_grads && grads_are_shared();
-  StepControls controls;
   controls.max_norm = max_norm_;
-  controls.grad_scale = grad_scale;
   controls.measure = clips_ || check_finite;
   controls.check_all = check_finite;
-  controls.found_inf = found_inf;
   controls.stop_nonfinite = stop_nonfinite;
   controls.zero_grads = zero_grads && !zero_afterwards;
 
@@ -473,14 +483,13 @@ py::tuple PyPlan::step(const py::list& groups, const py::dict& state, double gra
 }
 
 py::tuple PyPlan::update(double squares, bool finite, bool measured, double grad_scale, bool found_inf,
-                         bool stop_nonfinite, bool zero_grads) {
+                         bool stop_nonfinite) {
   StepControls controls;
   controls.max_norm = max_norm_;
   controls.grad_scale = grad_scale;
   controls.measure = measured;
   controls.found_inf = found_inf;
   controls.stop_nonfinite = stop_nonfinite;
-  controls.zero_grads = zero_grads;
   NormSums total;
   total.squares = squares;
   total.finite = finite;
@@ -494,16 +503,19 @@ py::tuple PyPlan::update(double squares, bool finite, bool measured, double grad
 
 const DeviceTable& PyPlan::make_table(const std::vector<int>& kinds) {
   if (kinds.size() != plan_.parameters().size()) throw py::value_error("fastloop plan: one kind for each entry");
+  if (static_cast<int>(hyper_.size()) >= kMaxHypers)
+    throw py::value_error("fastloop plan: a rule has too many hyperparameters");
   table_ = std::make_unique<DeviceTable>(plan_.parameters(), kinds, static_cast<std::int64_t>(plan_.rows().size()));
   return *table_;
 }
 
-py::object PyPlan::refresh(const py::list& groups, const py::dict& state, const py::object& grads,
+py::object PyPlan::refresh(const py::list& groups, const py::dict& state, const py::object& grads, double grad_scale,
                            std::uintptr_t scale_address, std::uintptr_t found_inf_address, bool check_finite,
                            bool zero_grads) {
   if (!groups_hold(groups) || !state_holds(state) || !grads_hold(grads, false) || !tensors_hold()) return py::none();
   StepControls controls;
   controls.max_norm = max_norm_;
+  controls.grad_scale = grad_scale;
   controls.measure = clips_ || check_finite;
   controls.check_all = check_finite;
   zeroes_afterwards_ = zero_grads && grads_are_shared();

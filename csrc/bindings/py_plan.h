@@ -52,15 +52,16 @@ class PyPlan {
   // means.
   void finish(const pybind11::list& groups, const pybind11::dict& state, const pybind11::list& elsewhere);
 
-  // Reads each owner's .grad and does both passes. Returns (outcome, norm or None).
-  pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool found_inf,
-                       bool check_finite, bool stop_nonfinite, bool zero_grads);
+  // Reads each owner's .grad and does both passes. grad_scale, found_inf: a number, a tensor of one element, or None.
+  // Returns (outcome, norm or None).
+  pybind11::tuple step(const pybind11::list& groups, const pybind11::dict& state, pybind11::handle grad_scale,
+                       pybind11::handle found_inf, bool check_finite, bool stop_nonfinite, bool zero_grads);
 
   // Pass 2 alone, for a norm that is completed elsewhere: gather() first, then update(). grads: one tensor or None per
   // entry.
   bool gather(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads);
   pybind11::tuple update(double squares, bool finite, bool measured, double grad_scale, bool found_inf,
-                         bool stop_nonfinite, bool zero_grads);
+                         bool stop_nonfinite);
 
   std::vector<std::int64_t> steps_done() const;
 
@@ -70,9 +71,13 @@ class PyPlan {
   const DeviceTable& make_table(const std::vector<int>& kinds);
 
   // Checks as step() does and writes this step into the table's front. None: stale. Else whether a word changed.
+  // grad_scale: a number, which scale_address then leads to in the device's copy of the table; or 1.
   pybind11::object refresh(const pybind11::list& groups, const pybind11::dict& state, const pybind11::object& grads,
-                           std::uintptr_t scale_address, std::uintptr_t found_inf_address, bool check_finite,
-                           bool zero_grads);
+                           double grad_scale, std::uintptr_t scale_address, std::uintptr_t found_inf_address,
+                           bool check_finite, bool zero_grads);
+  // Where kernels find a scalar (kIsDouble in its low bit); 0 if it is not on the device, or neither float32 nor
+  // float64.
+  Word scalar_address(pybind11::handle value) const;
   bool zeroes_afterwards() const { return zeroes_afterwards_; }  // what refresh() was asked to zero and left
   bool clips() const { return clips_; }                          // some group is in the norm, as of the last step
   // After the launches: autograd's version counters.

@@ -96,6 +96,7 @@ bool DeviceTable::refresh(const StepControls& controls, Word scale_address, Word
     put(at + kClipValue, bits_of(rows[r].clip_value));
     put(at + kEmaDecay, bits_of(rows[r].ema_decay));
   }
+  put(layout_.scale_word(), bits_of(controls.grad_scale));
   for (std::size_t t = 0; t < order_.size(); ++t) {
     const Parameter& p = parameters[static_cast<std::size_t>(order_[t])];
     const Word grad = p.count == 0 ? kEmptyGrad : address_of(p.slot[kGrad]);

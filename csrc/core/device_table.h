@@ -24,8 +24,8 @@ constexpr std::int64_t kDeviceChunkElements = 8 * 1024;
 enum ControlWord : int {
   kFlags,            // bits of ControlFlag
   kMaxNorm,          // double; +inf: measured, never clipped
-  kScaleAddress,     // float32 that the gradients were multiplied by; 0 for none
-  kFoundInfAddress,  // float32, above 0: skip; 0 for none
+  kScaleAddress,     // scalar that the gradients were multiplied by; 0 for none
+  kFoundInfAddress,  // scalar, above 0: skip; 0 for none
   kControlWords
 };
 enum ControlFlag : Word {
@@ -34,7 +34,7 @@ enum ControlFlag : Word {
   kZeroGrads = 4,  // zero the gradients, on a skipped step too
 };
 
-constexpr int kMaxHypers = 8;
+constexpr int kMaxHypers = 8;  // of which a rule has at most 7, see TableLayout::scale_word
 enum RowWord : int {
   kHyper,                               // kMaxHypers doubles
   kHyperAddress = kHyper + kMaxHypers,  // kMaxHypers addresses of scalars on the device; 0: the number holds
@@ -65,11 +65,13 @@ constexpr Word pack_chunk(std::int64_t tensor, std::int64_t index) {
   return static_cast<Word>(tensor) << 32 | static_cast<Word>(index);
 }
 
-// Where the parts begin.
+// Where the parts begin, and where the number is that gradients were multiplied by if it is no tensor: kScaleAddress
+// then leads to the first row's last hyperparameter, which no rule has.
 struct TableLayout {
   std::int64_t rows, tensors, chunks;
 
   FASTLOOP_HOST_DEVICE std::int64_t row_words() const { return kControlWords; }
+  FASTLOOP_HOST_DEVICE std::int64_t scale_word() const { return row_words() + kHyper + kMaxHypers - 1; }
   FASTLOOP_HOST_DEVICE std::int64_t grad_words() const { return kControlWords + rows * kRowWords; }
   FASTLOOP_HOST_DEVICE std::int64_t tensor_words() const { return grad_words() + tensors; }  // = words that may change
   FASTLOOP_HOST_DEVICE std::int64_t chunk_words() const { return tensor_words() + tensors * kTensorWords; }
@@ -93,7 +95,8 @@ class DeviceTable {
   const std::vector<Bucket>& buckets() const { return buckets_; }
   const std::vector<Word>& words() const { return words_; }
 
-  // Writes what this step says. Returns whether a word changed since the last call.
+  // Writes what this step says; controls.grad_scale matters where scale_address leads to scale_word(). Returns whether
+  // a word changed since the last call.
   bool refresh(const StepControls& controls, Word scale_address, Word found_inf_address, const std::vector<Row>& rows,
                const std::vector<std::vector<Word>>& hyper_addresses, const std::vector<Parameter>& parameters);
 

@@ -232,17 +232,6 @@ StepResult Plan::step(const StepControls& controls, const Aside* aside, bool* st
   return result;
 }
 
-NormSums Plan::norm(const StepControls& controls) {
-  const std::int64_t n = static_cast<std::int64_t>(runs_.size()) - 1;
-  Tickets runs(n);
-#pragma omp parallel num_threads(thread_count(elements_)) default(shared)
-  {
-    std::int64_t i;
-    while (runs.next(&i)) run_norm(i, controls.check_all);
-  }
-  return reduce(controls.check_all);
-}
-
 StepResult Plan::update(const StepControls& controls, NormSums total) {
   prepare();
   const StepResult result = decide(controls, total);

@@ -102,8 +102,7 @@ class Plan {
   // Pass 1 and pass 2 in one parallel region. With *stale set, nothing was written.
   StepResult step(const StepControls& controls, const Aside* aside = nullptr, bool* stale = nullptr);
 
-  // The two passes apart, for a norm that is completed elsewhere (other processes, other backends).
-  NormSums norm(const StepControls& controls);
+  // Pass 2 alone, for a norm that is completed elsewhere (other processes, other backends).
   StepResult update(const StepControls& controls, NormSums total);
 
  private:

@@ -56,6 +56,7 @@ class DevicePart:
         self._front: int = table.front_words
         self._words = _host_words(table.address, table.words)
         self.table = on_device(self._words.clone(), self.device)
+        self._number_address: int = self.table.data_ptr() + 8 * table.scale_word | 1  # the low bit: float64
         self._spare = self._staging()  # for a step that is captured in a graph: pinned memory cannot be made there
         self._captured: list[Tensor] = []
         most = self._kernels.blocks(self.device)
@@ -99,8 +100,8 @@ class DevicePart:
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         grads: list[Tensor | None] | None,
-        grad_scale: float | Tensor,
-        found_inf: bool | Tensor,
+        scale: float | Tensor | None,
+        found_inf: float | Tensor | None,
         check_finite: bool,
         zero_grads: bool,
     ) -> bool:
@@ -108,32 +109,44 @@ class DevicePart:
 
         Args:
             grads: gradients to use, None to read each parameter's `.grad`.
+            scale, found_inf: as for StepPlan.step. A number of a scale travels in the table.
         """
-        scale = self._scalar(grad_scale, 1.0)
-        found = self._scalar(found_inf, False)
-        addresses = [0 if t is None else t.data_ptr() | (t.dtype == torch.float64) for t in (scale, found)]
+        number, scale_address, found_address = 1.0, 0, 0
+        if isinstance(scale, Tensor):
+            scale, scale_address = self._scalar(scale)
+        elif scale is not None and scale != 1:
+            number, scale_address = float(scale), self._number_address
+        if found_inf is not None and found_inf is not False:
+            if not isinstance(found_inf, Tensor):
+                found_inf = torch.full((), float(found_inf), dtype=torch.float64, device=self.device)
+            found_inf, found_address = self._scalar(found_inf)
         self.in_graph = self.in_graph or self._capturing()
-        changed = self.plan.refresh(groups, state, grads, *addresses, check_finite, zero_grads)
+        changed = self.plan.refresh(
+            groups, state, grads, number, scale_address, found_address, check_finite, zero_grads
+        )
         if changed is None:
             return False
         self._changed = self._changed or changed or self.in_graph
-        self._held = (scale, found, grads)
+        self._held = (scale, found_inf, grads)
         return True
 
-    def _scalar(self, value: float | bool | Tensor, absent: float | bool) -> Tensor | None:
-        """A setting as a scalar on the device, without waiting for it; None for the neutral value."""
-        if not isinstance(value, Tensor):
-            if value == absent:
-                return None
-            return torch.full((), float(value), dtype=torch.float64, device=self.device)
+    def _scalar(self, value: Tensor) -> tuple[Tensor, int]:
+        """A scalar on the device as float32 or float64, without waiting for it, and its address."""
+        address: int = self.plan.scalar_address(value)
+        if address != 0:
+            return value, address
+        if value.numel() != 1:
+            raise ValueError(
+                f"[fastloop] grad_scale and found_inf must be numbers or tensors of one element, got one of shape "
+                f"{tuple(value.shape)}"
+            )
         if value.device.type == "cpu" and self._capturing():
             raise RuntimeError(
                 "[fastloop] grad_scale and found_inf must be on the parameters' device in a step that is captured, "
                 "got a tensor on the CPU: a replay would read its memory later"
             )
-        if value.device == self.device and value.dtype in (torch.float32, torch.float64):
-            return value.detach()
-        return value.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
+        value = value.detach().to(device=self.device, dtype=torch.float32, non_blocking=True)
+        return value, value.data_ptr()
 
     def norm(self, measure: bool) -> None:
         """Launch 1: deliver what changed and, with `measure`, write the partial sums to `sums`."""

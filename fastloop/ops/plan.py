@@ -29,6 +29,7 @@ DONE, SKIPPED, STOPPED, STALE = range(4)  # csrc/bindings/py_plan.h: Outcome
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Group = dict[str, Any]
+Scalar = float | Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,9 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """What a step is asked for beside the settings of the groups."""
+    """What every step is asked for beside the settings of the groups."""
 
     max_norm: float | None = None
-    grad_scale: float | Tensor = 1.0
-    found_inf: bool | Tensor = False  # a tensor: above 0
     check_finite: bool = False  # all gradients must be finite, those outside the norm too
     stop_nonfinite: bool = False  # leave everything as it is and report STOPPED
     zero_grads: bool = False
@@ -211,28 +210,31 @@ class StepPlan:
 
     # ---- stepping
 
-    def step(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
-        """Run one step. Returns DONE, SKIPPED, STOPPED or STALE; after the last two nothing was touched."""
+    def step(
+        self, groups: list[Group], state: dict[Any, Any], c: Controls, scale: Scalar = None, found_inf: Scalar = None
+    ) -> int:
+        """Run one step. Returns DONE, SKIPPED, STOPPED or STALE; after the last two nothing was touched.
+
+        Args:
+            scale: the gradients were multiplied by it; None for 1.
+            found_inf: above 0 skips the step.
+        """
         if self.direct:
             outcome, self.norm = self._native.step(
-                groups,
-                state,
-                float(c.grad_scale),
-                float(c.found_inf) > 0,
-                c.check_finite,
-                c.stop_nonfinite,
-                c.zero_grads,
+                groups, state, scale, found_inf, c.check_finite, c.stop_nonfinite, c.zero_grads
             )
             if c.zero_grads and outcome in (DONE, SKIPPED):
                 torch.autograd.graph.increment_version([g for p in self._kernel_params if (g := p.grad) is not None])
             return int(outcome)
         if self.on_device and not c.stop_nonfinite:
-            return self._step_on_devices(groups, state, c)
-        return self._step_in_parts(groups, state, c)
+            return self._step_on_devices(groups, state, c, scale, found_inf)
+        return self._step_in_parts(groups, state, c, scale, found_inf)
 
-    def _step_on_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
+    def _step_on_devices(
+        self, groups: list[Group], state: dict[Any, Any], c: Controls, scale: Scalar, found_inf: Scalar
+    ) -> int:
         """Launch and go on: DONE says that the device has been told, not that the step was not skipped."""
-        if self._locals_moved() or not self._refresh_devices(groups, state, c):
+        if self._locals_moved() or not self._refresh_devices(groups, state, c, scale, found_inf):
             return STALE
         clips = self._devices[0].plan.clips
         measured = clips or c.check_finite
@@ -248,7 +250,9 @@ class StepPlan:
         self.norm = self._devices[0].result[0] if clips else None
         return DONE
 
-    def _refresh_devices(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> bool:
+    def _refresh_devices(
+        self, groups: list[Group], state: dict[Any, Any], c: Controls, scale: Scalar, found_inf: Scalar
+    ) -> bool:
         """False: stale."""
         if groups[0].get("skipped_steps") is not self._skipped:
             return False
@@ -256,7 +260,7 @@ class StepPlan:
             if not part.reads_grads:
                 part.reads_grads = _readable(part.params)  # gradients in another layout may do so no more
             grads = None if part.reads_grads else [_grad_like(p) for p in part.params]
-            if not part.refresh(groups, state, grads, c.grad_scale, c.found_inf, c.check_finite, c.zero_grads):
+            if not part.refresh(groups, state, grads, scale, found_inf, c.check_finite, c.zero_grads):
                 return False
         return True
 
@@ -271,17 +275,19 @@ class StepPlan:
     def _locals_moved(self) -> bool:
         return any(local_shard(t) is not local for t, local in self._locals)
 
-    def _step_in_parts(self, groups: list[Group], state: dict[Any, Any], c: Controls) -> int:
+    def _step_in_parts(
+        self, groups: list[Group], state: dict[Any, Any], c: Controls, grad_scale: Scalar, found_inf: Scalar
+    ) -> int:
         if self._may_be_direct():  # gradients that came in another layout do so no more
             self.direct = True
-            return self.step(groups, state, c)
+            return self.step(groups, state, c, grad_scale, found_inf)
         if self._locals_moved():
             return STALE
         if self._seen is not None and self._seen != self._fingerprint(groups, state):
             return STALE
         if not self.serves_sparse and any(_is_sparse(p.grad) for p in self._params()):
             return STALE
-        if self._devices and not self._refresh_devices(groups, state, c):
+        if self._devices and not self._refresh_devices(groups, state, c, grad_scale, found_inf):
             return STALE
         grads = [_grad_like(p) for p in self._kernel_params]
         if self._native is not None and not self._native.gather(groups, state, grads):
@@ -292,18 +298,19 @@ class StepPlan:
         if self._devices and c.max_norm is not None:
             self._check_one_kind_of_device()
         squares, finite = self._measure(groups, grads, outside, c) if measured else (torch.zeros(()), True)
-        scale, found_inf = float(c.grad_scale), float(c.found_inf) > 0
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        skip = found_inf is not None and float(found_inf) > 0
         norm = squares.sqrt() / abs(scale) if scale != 0 else squares * math.inf
         finite = finite and (not measured or math.isfinite(float(norm.detach())))
         outcome = DONE
-        if found_inf or not finite:
+        if skip or not finite:
             outcome = STOPPED if c.stop_nonfinite and not finite else SKIPPED
         if outcome == DONE:  # first what may still raise
             for o, g in active:
                 self._step_outside(o, g, groups[o.slots.group], norm, scale)
         if self._native is not None:
             native_outcome, _ = self._native.update(
-                float(squares.detach()), finite, measured, scale, found_inf, c.stop_nonfinite, False
+                float(squares.detach()), finite, measured, scale, skip, c.stop_nonfinite
             )
             assert native_outcome == outcome, (native_outcome, outcome)
         if outcome != STOPPED:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fastloop.optim.base import FusedOptimizer, check_number, hooked_step
+from fastloop.optim.base import FusedOptimizer
+from fastloop.optim.hooks import hooked_step
+from fastloop.optim.settings import check_number
 
 
 class SGD(FusedOptimizer):
