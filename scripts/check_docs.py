@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the Markdown pages: links resolve, Python blocks compile, and those of README.md run."""
+"""Checks the Markdown pages: links resolve, Python blocks compile, and those of the pages in EXECUTED run.
+
+A block marked `python needs=lightning` runs where that package is installed; elsewhere the output says that it was
+skipped.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
-EXECUTED = {ROOT / "README.md"}
+EXECUTED = {
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("loop.md", "checkpoints.md", "distributed.md")),
+    *ROOT.glob("docs/from-*.md"),
+}
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```\s*$", re.M | re.S)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -48,21 +57,23 @@ def broken_links(page: Path) -> list[str]:
     return problems
 
 
-def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """(line, code) of the fenced blocks marked `python`, at any indentation."""
+def python_blocks(page: Path) -> list[tuple[int, str, list[str]]]:
+    """(line, code, packages needed) of the fenced blocks marked `python`, at any indentation."""
     text = page.read_text(encoding="utf-8")
     blocks = []
     for match in FENCE.finditer(text):
-        if match["info"].strip() == "python":
+        info = re.fullmatch(r"python(?: needs=(?P<needs>[\w,]+))?", match["info"].strip())
+        if info is not None:
             indent = len(match["indent"])
             code = "".join(line[indent:] if line.strip() else line for line in match["code"].splitlines(True))
-            blocks.append((text.count("\n", 0, match.start("code")) + 1, code))
+            line = text.count("\n", 0, match.start("code")) + 1
+            blocks.append((line, code, info["needs"].split(",") if info["needs"] else []))
     return blocks
 
 
 def code_errors(page: Path) -> list[str]:
     problems = []
-    for line, code in python_blocks(page):
+    for line, code, _ in python_blocks(page):
         try:
             compile("\n" * (line - 1) + code, str(page.relative_to(ROOT)), "exec")
         except SyntaxError as error:
@@ -70,14 +81,26 @@ def code_errors(page: Path) -> list[str]:
     return problems
 
 
+def missing(needs: list[str]) -> list[str]:
+    return [name for name in needs if importlib.util.find_spec(name) is None]
+
+
 def run_errors(page: Path) -> list[str]:
     """Runs the page's blocks one after the other in one process, as a reader would type them."""
-    code = "".join(f"{block}\n" for _, block in python_blocks(page))
+    code = "".join(f"{block}\n" for _, block, needs in python_blocks(page) if not missing(needs))
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "examples.py"
         script.write_text(code, encoding="utf-8")
         result = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, check=False)
     return [] if result.returncode == 0 else [f"{page.relative_to(ROOT)}: its examples fail:\n{result.stderr}"]
+
+
+def skipped(page: Path) -> list[str]:
+    return [
+        f"{page.relative_to(ROOT)}:{line}: skipped, needs {', '.join(missing(needs))}"
+        for line, _, needs in python_blocks(page)
+        if page in EXECUTED and missing(needs)
+    ]
 
 
 def main() -> int:
@@ -86,6 +109,7 @@ def main() -> int:
         problems += broken_links(page) + code_errors(page)
         if page in EXECUTED and not problems:
             problems += run_errors(page)
+        print("".join(f"{line}\n" for line in skipped(page)), end="")
     print("\n".join(problems) or f"docs: {len(PAGES)} pages, links and examples are good")
     return 1 if problems else 0
 

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's table from a committed result file, so that no figure is typed by hand.
+"""Writes the tables of CPU results from a committed result file, so that no figure is typed by hand.
 
-python scripts/readme_table.py            rewrite the table from the newest file in benchmarks/results
-python scripts/readme_table.py --check    fail if the README is not what that would write
+python scripts/readme_table.py            rewrite them from the newest file in benchmarks/results: in README.md that of
+                                          the step, in docs/benchmarking.md that of whole training loops
+python scripts/readme_table.py --check    fail if a page is not what that would write
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- table: python scripts/readme_table.py -->\n", "<!-- end -->"
+README = ROOT / "README.md", "<!-- table: python scripts/readme_table.py -->\n", "<!-- end -->"
+LOOPS = (
+    ROOT / "docs" / "benchmarking.md",
+    "<!-- loop table: python scripts/readme_table.py -->\n",
+    "<!-- loop end -->",
+)
 PEERS = {"torch-fused": "`clip_grad_norm_` + `AdamW(fused=True)`", "torch-default": "`clip_grad_norm_` + `AdamW()`"}
 
 
@@ -30,31 +37,58 @@ def table(path: Path) -> str:
     run: dict[str, Any] = json.loads(path.read_text())
     lines = ["| clip + step | against | times as fast | 98 % interval | goal |", "| --- | --- | --- | --- | --- |"]
     for row in run["rows"]:
-        if row["status"] != "ok" or row["peer"] not in PEERS or row["group"] == "control":
+        if row["status"] != "ok" or row["peer"] not in PEERS or row["group"] in ("control", "loop"):
             continue
         ratio, goal = row["ratio"], row["goal"]
         verdict = "" if goal is None else f"{goal:g}, {'reached' if ratio['median'] >= goal else 'not reached'}"
         figures = f"{ratio['median']:.2f} | {ratio['low']:.2f} to {ratio['high']:.2f}"
         lines.append(f"| {row['title']} | {PEERS[row['peer']]} | {figures} | {verdict} |")
-    env = run["environment"]
-    lines.append("")
-    lines.append(
+    return "\n".join([*lines, "", source(run, path, README[0])]) + "\n"
+
+
+def loop_table(path: Path) -> str:
+    """Markdown of whole loops: the part of the peer's time that ours takes, or what it takes more."""
+    run: dict[str, Any] = json.loads(path.read_text())
+    rows = [row for row in run["rows"] if row["group"] == "loop" and row["status"] == "ok"]
+    if not rows:
+        return "Not yet measured.\n"
+    lines = [
+        "| training | against | ours takes of its time | 98 % interval | goal |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio, goal, verdict = row["ratio"], row["goal"], ""
+        figures = f"{1 / ratio['median']:.2f} | {1 / ratio['high']:.2f} to {1 / ratio['low']:.2f}"
+        if goal is not None:
+            verdict = f"at most {1 / goal:.2f}, {'reached' if ratio['median'] >= goal else 'not reached'}"
+        if row["cost_goal"] is not None:
+            low, middle, high, goal = (
+                1e6 * x for x in (*map(row["cost"].get, ("low", "median", "high")), row["cost_goal"])
+            )
+            figures = f"{middle:.0f} µs more | {low:.0f} to {high:.0f} µs"
+            verdict = f"under {goal:.0f} µs, {'reached' if middle <= goal else 'not reached'}"
+        lines.append(f"| {row['title']} | {row['peer']} | {figures} | {verdict} |")
+    return "\n".join([*lines, "", source(run, path, LOOPS[0])]) + "\n"
+
+
+def source(run: dict[str, Any], path: Path, page: Path) -> str:
+    """What the figures were measured on, and a link to them."""
+    env, link = run["environment"], os.path.relpath(path, page.parent)
+    return (
         f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}, fastloop {env['fastloop']} at "
-        f"commit {str(env['commit'])[:12]}: [{path.name}](benchmarks/results/{path.name}), medians of paired runs."
+        f"commit {str(env['commit'])[:12]}: [{path.name}]({link}), medians of paired runs."
     )
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(BEGIN)
-    written = head + BEGIN + table(newest()) + END + rest.split(END, 1)[1]
-    if "--check" in sys.argv[1:]:
-        if written != text:
-            raise SystemExit("readme_table: README.md is not what its result file says; run scripts/readme_table.py")
-        return
-    readme.write_text(written)
+    for (page, begin, end), written in ((README, table(newest())), (LOOPS, loop_table(newest()))):
+        text = page.read_text()
+        head, rest = text.split(begin)
+        wanted = head + begin + written + end + rest.split(end, 1)[1]
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted)
+        elif wanted != text:
+            raise SystemExit(f"readme_table: {page.name} is not what its result file says; run scripts/readme_table.py")
 
 
 if __name__ == "__main__":

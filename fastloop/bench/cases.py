@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -195,7 +196,15 @@ GPT2_BF16 = step_case(
 CASES: tuple[Case, ...] = (MLP, MANY_SMALL, GPT2, GPT2_BF16, RESNET, BERT)
 
 
-def select(pattern: str | None, cases: Sequence[Case] = CASES) -> list[Case]:
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
+
+
+def select(pattern: str | None, cases: Sequence[AnyNamed] = CASES) -> list[AnyNamed]:  # type: ignore[assignment]
     """The cases whose name holds `pattern` or matches it as a shell pattern; all of them for None."""
     if pattern is None:
         return list(cases)

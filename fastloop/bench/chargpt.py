@@ -28,6 +28,8 @@ class Size:
     heads: int = 4
     context: int = 32
     batch: int = 4
+    vocabulary: int = VOCABULARY
+    tied: bool = False  # the head's weights are the embedding's, as GPT-2's are
 
 
 class Block(nn.Module):
@@ -53,15 +55,18 @@ class Block(nn.Module):
 
 
 class CharGPT(nn.Module):
-    """Characters in, the logits of the next character out: [batch, length] -> [batch, length, VOCABULARY]."""
+    """Characters in, the logits of the next character out: [batch, length] -> [batch, length, vocabulary]."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, size.width)
+        self.embed = nn.Embedding(size.vocabulary, size.width)
         self.position = nn.Parameter(torch.zeros(size.context, size.width))
         self.blocks = nn.Sequential(*[Block(size) for _ in range(size.layers)])
         self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, VOCABULARY, bias=False)
+        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+        if size.tied:
+            nn.init.normal_(self.embed.weight, std=0.02)  # GPT-2's: logits of N(0, 1) embeddings would start at 28
+            self.head.weight = self.embed.weight
 
     def forward(self, characters: Tensor) -> Tensor:
         x = self.embed(characters) + self.position[: characters.shape[1]]

@@ -34,6 +34,7 @@ from fastloop.bench import (
 )
 from fastloop.bench.checks import WrongResult
 from fastloop.bench.contenders import CONTENDERS
+from fastloop.bench.loops import LOOPS
 from fastloop.bench.results import BadResult, Row, Run
 from fastloop.bench.stats import Verdict
 
@@ -55,7 +56,7 @@ _STYLES = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastloop.bench",
-        description="Measure clip + optimizer step against torch on this machine. Without a command: about a minute.",
+        description="Measure clip + optimizer step, and whole loops, on this machine. No command: about a minute.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help=f"default: {OUTPUT}")
@@ -120,11 +121,15 @@ def _list(console: Console) -> int:
         table.add_row(
             case.name, case.title, str(len(shapes)), f"{case.traffic.elements:,}", moves, str(len(case.peers))
         )
+    for loop_case in session.LOOP_CASES:
+        table.add_row(loop_case.name, loop_case.title, "", "", "", str(len(loop_case.peers)))
     table.add_row(session.TRAINING, "training a character-level GPT", "", "", "", "1")
     console.print(table)
     peers = Table("contender", "what", "here", title="contenders", title_justify="left")
     for contender in CONTENDERS.values():
         peers.add_row(contender.name, Text(contender.title), Text(contender.unavailable(1) or "yes"))
+    for loop in LOOPS.values():
+        peers.add_row(loop.name, Text(loop.title), Text(loop.unavailable() or "yes"))
     console.print(peers)
     return OK
 

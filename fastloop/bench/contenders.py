@@ -101,7 +101,7 @@ def _no_compiler(tensors: int) -> str | None:
 
 
 @cache
-def _import_problem(module: str) -> str | None:
+def import_problem(module: str) -> str | None:
     if find_spec(module) is None:
         return f"{module} is not installed"
     try:
@@ -119,7 +119,7 @@ def _outside(name: str, title: str, attribute: str) -> Contender:
         optimizer_class = getattr(import_module(module), class_name)
         return _clip_then(optimizer_class(parameters, lr=LR, weight_decay=WEIGHT_DECAY), parameters)
 
-    return Contender(name, title, build, lambda tensors: _import_problem(name), outside=True)
+    return Contender(name, title, build, lambda tensors: import_problem(name), outside=True)
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -88,7 +88,7 @@ def commit(folder: Path = REPOSITORY) -> str | None:
     return run.stdout.strip() or None
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -106,7 +106,7 @@ def environment() -> Environment:
     return Environment(
         device=_device(),
         cpu=_cpu_model(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         threads=torch.get_num_threads(),
         isa=str(backends.get("cpu", {}).get("isa")),
         torch_isa=torch.backends.cpu.get_cpu_capability(),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloop.bench import cases, checks, contenders, env, gpu_device, measure, models, stats
+from fastloop.bench import cases, chargpt, checks, contenders, env, gpu_device, gpu_loop, measure, models, stats
 from fastloop.bench.checks import LR, MAX_NORM
 from fastloop.bench.contenders import WEIGHT_DECAY, Stepper
 from fastloop.bench.gpu_record import CONTROL, SPECS, GpuRow, GpuRun, Spec
@@ -32,6 +32,7 @@ CEILING_PAIRS = (20,)
 LOSS_SCALE = 65536.0
 COLD_COPIES = 32  # of 16 MB each: several times the largest L2 cache
 HOST_COPIES = 8  # steps before the host waits; 80 MB or more, so that each finds its data out of the cache
+LOOP_STEPS = 8
 SPIN_CYCLES = 4_000_000  # about 2 ms, in which the host gets ahead of the device
 
 
@@ -53,6 +54,7 @@ class Sizes:
     many: tuple[models.Shape, ...]
     most: tuple[models.Shape, ...]
     stream: int  # elements of one buffer of a ceiling
+    gpt: chargpt.Size = gpu_loop.GPT2  # whole training steps
 
 
 FULL = Sizes(
@@ -306,6 +308,7 @@ class Bench:
             "gpt-1b-scaler": self._scaler,
             "gpt-1b-triton": self._triton,
             CONTROL: self._control,
+            "loop-gpt2-bf16": self._loop,
         }.get(case)
         mine, peer = sides(spec, row) if sides else self._small(spec)
         clock = self.clocks[spec.clock == "host"]
@@ -361,6 +364,11 @@ class Bench:
 
     def _control(self, spec: Spec, row: GpuRow) -> tuple[Side, Side]:
         return self._pair(fused, fused, self.sizes.medium)
+
+    def _loop(self, spec: Spec, row: GpuRow) -> tuple[Side, Side]:
+        """Several whole steps a call: a host that waits for each would be what is timed."""
+        mine, peer = gpu_loop.checked(self.sizes.gpt, self.device)
+        return tuple(Side([step] * LOOP_STEPS, _nothing, LOOP_STEPS) for step in (mine, peer))  # type: ignore[return-value]
 
     def _scaler(self, spec: Spec, row: GpuRow) -> tuple[Side, Side]:
         """The gradients are scaled again before each step: torch's scaler divides them in place."""

@@ -63,6 +63,12 @@ SPECS: tuple[Spec, ...] = (
     Spec("gpt-1b-triton/cuda", "Triton, fp32, 1B parameters", "our CUDA kernels", goal=1 / 1.05),
     Spec("1m-cold/fused", "fp32, 1M parameters, both replayed from a CUDA graph, 32 copies in turn", FUSED),
     Spec("1m-hot/fused", "the same, one copy that stays in the L2 cache", FUSED, cache="hot"),
+    Spec(
+        "loop-gpt2-bf16/torch",
+        "GPT-2 124M, bf16 autocast, batches of 8 x 1024: whole steps of `fastloop.Loop`",
+        f"the same loop by hand, {FUSED}",
+        clock="host",
+    ),
     Spec(CONTROL, "torch against itself, GPT-2 124M", FUSED),
 )
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -12,7 +12,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastloop.bench import saving
 from fastloop.bench.contenders import CONTENDERS
+from fastloop.bench.loop_cases import GROUP as LOOP
+from fastloop.bench.loops import LOOPS
 from fastloop.bench.results import Row, Run
 from fastloop.bench.stats import Interval
 
@@ -28,7 +31,13 @@ COLUMNS = (
     "of ceiling",
     "our peak",
     "peer's",
+    "ours - peer",
 )
+TITLES = {
+    **{name: each.title for name, each in CONTENDERS.items()},
+    **{name: each.title for name, each in LOOPS.items()},
+    **saving.TITLES,
+}
 HOT_BYTES = 2**24  # parameters, gradients and states that a shared cache holds from one step to the next
 
 FOOTNOTE = (
@@ -42,7 +51,7 @@ FOOTNOTE = (
 def seconds(value: float) -> str:
     """Three significant digits in a unit that fits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= scale:
+        if abs(value) >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value * 1e9:.3g} ns"
 
@@ -66,14 +75,15 @@ def _peak(memory: dict[str, int] | None) -> str:
 
 def peer_lines(rows: Sequence[Row]) -> list[str]:
     """What the names of the peers in `rows` stand for."""
-    names = dict.fromkeys(row.peer for row in rows if row.peer in CONTENDERS)
-    return [f"{name} = {CONTENDERS[name].title}" for name in names]
+    names = dict.fromkeys(row.peer for row in rows if row.peer in TITLES)
+    return [f"{name} = {TITLES[name]}" for name in names]
 
 
 def _goal(row: Row, void: bool) -> str:
-    if row.goal is None:
+    if row.goal is None and row.cost_goal is None:
         return ""
-    return f"{row.goal:g}x " + ("(void)" if void else "reached" if row.reached() else "MISSED")
+    goal = f"{row.goal:.3g}x" if row.cost_goal is None else f"under {seconds(row.cost_goal)}"
+    return f"{goal} " + ("(void)" if void else "reached" if row.reached() else "MISSED")
 
 
 def cells(row: Row, void: bool = False) -> tuple[str, ...]:
@@ -90,10 +100,11 @@ def cells(row: Row, void: bool = False) -> tuple[str, ...]:
         _goal(row, void),
         seconds(median(row.ours_seconds)),
         seconds(median(row.peer_seconds)),
-        f"{row.gbps:.3g}",
+        f"{row.gbps:.3g}" if row.bytes else "",
         f"{ceiling} hot".strip() if hot else ceiling,
         _peak(row.ours_memory),
         _peak(row.peer_memory),
+        "" if row.cost is None else f"{seconds(row.cost.median)} ({seconds(row.cost.low)} .. {seconds(row.cost.high)})",
     )
 
 
@@ -183,19 +194,31 @@ def shown(run: Run) -> list[Row]:
     return [row for row in run.rows if row.group != "control" and row.status != "skipped"]
 
 
-def table(rows: Sequence[Row], void: bool = False) -> Table:
-    """The rows under COLUMNS, green where ours is surely faster and red where it is surely slower."""
-    result = Table(title="clip + step", title_justify="left")
-    for name in COLUMNS:
+def tables(run: Run) -> Iterator[tuple[str, list[str], list[Row], list[tuple[str, ...]]]]:
+    """(title, columns, rows, their cells) of each kind of case, without the columns that nothing is in."""
+    for title, loops in (("clip + step", False), ("whole loops", True)):
+        rows = [row for row in shown(run) if (row.group == LOOP) is loops]
+        lines = [cells(row, run.void) for row in rows]
+        kept = [index for index in range(len(COLUMNS)) if any(line[index] for line in lines)]
+        if rows:
+            yield title, [COLUMNS[i] for i in kept], rows, [tuple(line[i] for i in kept) for line in lines]
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Row], lines: Sequence[tuple[str, ...]], void: bool = False
+) -> Table:
+    """One of `tables`, its rows green where ours is surely faster and red where it is surely slower."""
+    result = Table(title=title, title_justify="left")
+    for name in columns:
         result.add_column(name, justify="left" if name in COLUMNS[:2] else "right", overflow="fold")
-    for row in rows:
-        result.add_row(*(Text(cell) for cell in cells(row, void)), style="" if void and row.ratio else _style(row))
+    for row, line in zip(rows, lines, strict=True):
+        result.add_row(*(Text(cell) for cell in line), style="" if void and row.ratio else _style(row))
     return result
 
 
 def render(run: Run) -> RenderableType:
     """The whole report for a terminal."""
-    parts: list[RenderableType] = [table(shown(run), run.void)]
+    parts: list[RenderableType] = [table(*each, run.void) for each in tables(run)]
     parts += [Text(line, style="dim") for line in [*peer_lines(run.rows), FOOTNOTE]]
     parts += [Text(f"- {note}", style="bold red" if "WRONG" in note or "VOID" in note else "") for note in notes(run)]
     if run.training is not None:
@@ -206,16 +229,16 @@ def render(run: Run) -> RenderableType:
 
 def markdown(run: Run, plots: Sequence[str] = ()) -> str:
     """The whole report as Markdown; `plots` are file names next to it."""
-    rows = shown(run)
     lines = [f"# fastloop bench, {run.created}", "", f"{run.seconds:.0f} s in all.", "", "## Environment", ""]
     lines += [f"- {name}: {text}" for name, text in environment_pairs(run.environment)]
-    lines += ["", "## Clip + step", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, run.void)) + " |" for row in rows]
+    for title, columns, _, contents in tables(run):
+        lines += ["", f"## {title.capitalize()}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in contents]
     lines += [
         "",
         textwrap.fill(FOOTNOTE, 110),
         "",
-        *(f"- {line}" for line in peer_lines(rows)),
+        *(f"- {line}" for line in peer_lines(shown(run))),
         *(f"- {note}" for note in notes(run)),
     ]
     if run.training is not None:

@@ -43,6 +43,8 @@ class Row:
     ceiling_gbps: float | None = None
     ceiling_method: str = ""
     goal: float | None = None
+    cost: Interval | None = None  # our time less the peer's, seconds per step
+    cost_goal: float | None = None  # at most
     ours_memory: dict[str, int] | None = None
     peer_memory: dict[str, int] | None = None
     norm_error: float | None = None  # relative error of torch's norm of these gradients
@@ -57,7 +59,9 @@ class Row:
         return self.bytes / median(self.ours_seconds) * 1e-9
 
     def reached(self) -> bool | None:
-        """Whether the median reaches the goal; None without a goal or a ratio."""
+        """Whether the median reaches the goal, of the ratio or the cost; None without a goal or a measurement."""
+        if self.cost_goal is not None and self.cost is not None:
+            return self.cost.median <= self.cost_goal
         return None if self.goal is None or self.ratio is None else self.ratio.median >= self.goal
 
 
@@ -126,8 +130,8 @@ def from_json(text: str) -> Run:
         if document["schema"] != SCHEMA:
             raise BadResult(f"[bench] wanted a result of schema {SCHEMA}, got {document['schema']}; measure it anew")
         for row in document["rows"]:
-            for name in ("ratio", "ceiling"):
-                row[name] = Interval(**row[name]) if row[name] else None
+            for name in ("ratio", "ceiling", "cost"):
+                row[name] = Interval(**row[name]) if row.get(name) else None
             row["repetitions"] = tuple(row["repetitions"])
         return Run(**{**document, "rows": [Row(**row) for row in document["rows"]]})
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

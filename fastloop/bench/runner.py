@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fastloop.bench.results import Row
 CEILING_PAIRS = (10,)
 # Below this the ceiling would time the call and not the memory.
 SMALLEST_CEILING_BYTES = 8 * 2**20
+NO_TIME = "no time left in this run; `run -k` measures it"
 SPARE_BYTES = 2**30  # left to the rest of the machine
 
 
@@ -29,6 +31,16 @@ class Effort:
 
     pairs: tuple[int, ...] = stats.PAIRS
     seconds: float = math.inf
+
+
+class HasPeers(Protocol):
+    """A case of any kind: whom it is measured against, and whom a run with little time keeps beside the first."""
+
+    @property
+    def peers(self) -> tuple[str, ...]: ...
+
+    @property
+    def extra_peers(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Plan:
     ceilings: bool = True
     deadline: float = math.inf
 
-    def peers(self, case: Case) -> tuple[str, ...]:
+    def peers(self, case: HasPeers) -> tuple[str, ...]:
         """The peers of `case` to measure, the first one first. Peers that are not installed stay visible."""
         if self.every_peer:
             return case.peers
@@ -118,7 +130,7 @@ def _reference(case: Case) -> tuple[checks.Outcome, float]:
     return checks.reference(parameters), error
 
 
-def _decided(goal: float | None) -> Callable[[stats.Interval], bool]:
+def decided(goal: float | None) -> Callable[[stats.Interval], bool]:
     """Undecided is a ratio whose interval still holds 1 (nobody is faster) or its goal."""
     return lambda ratio: 1.0 not in ratio and (goal is None or goal not in ratio)
 
@@ -138,17 +150,19 @@ def _time(case: Case, ours: Built, peer: Built, effort: Effort, plan: Plan, row:
     pairs = measure.measure_pairs(
         peer.stepper.step,
         ours.stepper.step,
-        decided=_control_decided if case.group == "control" else _decided(row.goal),
+        decided=_control_decided if case.group == "control" else decided(row.goal),
         pairs=effort.pairs,
         deadline=min(perf_counter() + effort.seconds, plan.deadline),
         on_pair=lambda count: progress(f"{case.title}: {peer.contender.title}", count),
     )
-    row.ratios, row.ratio, row.stopped = (
-        list(pairs.ratios),
-        stats.median_interval(pairs.ratios),
-        pairs.stopped,
-    )
-    row.peer_seconds, row.ours_seconds, row.repetitions = list(pairs.a), list(pairs.b), pairs.repetitions
+    record(row, pairs)
+
+
+def record(row: Row, pairs: measure.Pairs, steps: int = 1) -> None:
+    """Put what was measured of the peer (a) and of ours (b) into `row`, for calls of so many steps."""
+    row.ratios, row.ratio, row.stopped = list(pairs.ratios), stats.median_interval(pairs.ratios), pairs.stopped
+    row.peer_seconds, row.ours_seconds = ([seconds / steps for seconds in side] for side in (pairs.a, pairs.b))
+    row.repetitions = (pairs.repetitions[0] * steps, pairs.repetitions[1] * steps)
 
 
 def _time_ceiling(case: Case, ours: Built, plan: Plan, row: Row) -> None:
@@ -175,7 +189,7 @@ def _peer_row(
     row.norm_error = norm_error
     reason = contender.unavailable(len(ours.parameters))
     if reason is None and perf_counter() > plan.deadline:
-        reason = "no time left in this run; `run -k` measures it"
+        reason = NO_TIME
     if reason is not None:
         row.status, row.reason = "skipped", reason
         return row
@@ -209,7 +223,7 @@ def run_case(case: Case, plan: Plan, progress: Progress = _silent) -> list[Row]:
     first = _row(case, case.peers[0] if case.peers else HEADLINE)
     reason = lacking_memory(case)
     if reason is None and perf_counter() > plan.deadline:
-        reason = "no time left in this run; `run -k` measures it"
+        reason = NO_TIME
     if reason is not None:
         first.status, first.reason = "skipped", reason
         return [first]

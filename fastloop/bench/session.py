@@ -10,11 +10,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fastloop.bench import cases, chargpt, env, runner, training
+from fastloop.bench import cases, chargpt, env, loop_cases, runner, saving, training
 from fastloop.bench.cases import Case
+from fastloop.bench.loop_cases import LoopCase
 from fastloop.bench.results import Row, Run
 from fastloop.bench.runner import Effort, Plan, Progress
+from fastloop.bench.saving import SaveCase
 
+AnyCase = Case | LoopCase | SaveCase
+LOOP_CASES: tuple[LoopCase | SaveCase, ...] = (*loop_cases.CASES, *saving.CASES)
 TRAINING = "chargpt"
 TRAINING_SECONDS = 20.0  # in a run with a cap; it takes about 4 on 2 cores that are idle
 
@@ -56,13 +60,19 @@ def quick_options(pattern: str | None) -> Options:
     return Options("quick", plan, pattern=pattern, small_only=pattern is None)
 
 
-def selected(options: Options) -> tuple[list[Case], bool]:
-    """The cases to run, and whether to train."""
-    chosen = [case for case in cases.select(options.pattern) if case.small or not options.small_only]
+def selected(options: Options) -> tuple[list[AnyCase], bool]:
+    """The cases to run, and whether to train. Whole loops take minutes: the default run leaves them out."""
+    loops = [] if options.name == "default" else cases.select(options.pattern, LOOP_CASES)
+    found: list[AnyCase] = [*cases.select(options.pattern), *loops]
+    chosen = [case for case in found if case.small or not options.small_only]
     if options.name == "quick":
         chosen = [replace(case, extra_peers=()) for case in chosen]
     train = not options.small_only and (options.pattern is None or options.pattern in TRAINING)
     return chosen, train
+
+
+def _rows(case: AnyCase, plan: Plan, progress: Progress) -> list[Row]:
+    return runner.run_case(case, plan, progress) if isinstance(case, Case) else case.run(plan, progress)
 
 
 def _control(plan: Plan, progress: Progress) -> list[Row]:
@@ -98,7 +108,7 @@ def measure(options: Options, progress: Progress) -> Run:
     for index, case in enumerate(chosen):
         # A case that is slow here may use up its share of the time, not that of the cases after it.
         share = (deadline - perf_counter()) / (len(chosen) - index)
-        run.rows += runner.run_case(case, replace(plan, deadline=perf_counter() + share), progress)
+        run.rows += _rows(case, replace(plan, deadline=perf_counter() + share), progress)
     if train:
         run.training = _train(progress, TRAINING_SECONDS if math.isfinite(options.seconds) else math.inf)
     run.seconds = perf_counter() - start
@@ -112,6 +122,7 @@ def folder(base: Path, run: Run) -> Path:
 
 def rerun(row: Row, pairs: int, progress: Progress) -> Row:
     """Measure one row of a result again, with a fixed count of pairs."""
-    case = next(case for case in cases.CASES if case.name == row.case)
+    known: list[AnyCase] = [*cases.CASES, *LOOP_CASES]
+    case = next(case for case in known if case.name == row.case)
     plan = Plan(Effort((pairs,)), Effort((pairs,)), ceilings=False)
-    return runner.run_case(replace(case, peers=(row.peer,), extra_peers=()), plan, progress)[0]
+    return _rows(replace(case, peers=(row.peer,), extra_peers=()), plan, progress)[0]

@@ -70,6 +70,12 @@ def median_interval(ratios: Sequence[float]) -> Interval:
     return _interval(float(np.median(ratios)), _medians(ratios, seed=0))
 
 
+def difference_interval(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """The median of a - b, pair by pair, and its 98 % percentile-bootstrap interval."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return _interval(float(np.median(differences)), _medians(differences, seed=0))
+
+
 def slowdown(before: Sequence[float], after: Sequence[float]) -> Interval:
     """How much slower `after` is, both being speed-ups over the same peer: median(before) / median(after).
 

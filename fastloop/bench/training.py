@@ -2,9 +2,8 @@
 """A real training, twice with the same seeds: torch's clipping and AdamW, and ours. Do the loss curves agree?
 
 Two correct implementations differ by roundings, and training magnifies a rounding. How much is not guessed but
-measured: a third model trains with torch's AdamW and has, after every step, each parameter moved by up to one
-rounding step at random. Ours may stray from torch's curve as far as the worst of two such shadows has strayed so far,
-times 8: the roundings of a whole step are a few (`checks` counts them), and two draws of a random walk differ.
+measured, by shadows (`checks`): ours may stray from torch's curve as far as the worst of two has strayed so far,
+times 8.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from fastloop.bench import chargpt, stats
+from fastloop.bench.checks import MARGIN, SHADOWS, move_by_a_rounding
 from fastloop.bench.measure import quiet_interpreter
 
 LR = 3e-3
 WEIGHT_DECAY = 0.1
 MAX_NORM = 1.0
-SHADOWS = 2
-MARGIN = 8.0
 FEWEST_SAMPLES = 10
 STEPS_PER_SAMPLE = 4  # of one side in a row: more than 20 ms on 2 cores, and the curves still grow side by side
 
@@ -92,10 +90,7 @@ def shadow_side(size: chargpt.Size, seed: int) -> Side:
 
     def update() -> None:
         unmoved()
-        with torch.no_grad():
-            for parameter in parameters:
-                noise = torch.rand(parameter.shape, generator=generator).sub_(0.5).mul_(2 * 2.0**-23)
-                parameter.addcmul_(parameter, noise)
+        move_by_a_rounding(parameters, generator)
 
     side.update = update
     return side

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fastloop
-from fastloop.bench import cli, gpu, gpu_device, gpu_record, measure
+from fastloop.bench import chargpt, cli, gpu, gpu_device, gpu_record, measure
 from fastloop.bench.gpu_record import SPECS, GpuRow, GpuRun, Spec
 from fastloop.bench.results import BadResult
 from fastloop.bench.stats import Interval
@@ -27,7 +27,8 @@ from fastloop.bench.stats import Interval
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHED = ("1000x1024-graph/fused", "1m-cold/fused", "1m-hot/fused")
 FAKE_DEVICE = "Fake GPU 9000"
-TINY = gpu.Sizes(((40, 3), (7,)), ((9,), (5,)), ((8, 8),), ((6,),) * 5, ((2,),) * 7, stream=64)
+GPT = chargpt.Size(layers=1, width=8, heads=2, context=8, batch=2, vocabulary=11, tied=True)
+TINY = gpu.Sizes(((40, 3), (7,)), ((9,), (5,)), ((8, 8),), ((6,),) * 5, ((2,),) * 7, stream=64, gpt=GPT)
 
 
 @pytest.fixture

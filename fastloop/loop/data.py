@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batches of a loader: on the device, in an order that a resumed run repeats exactly.
+
+Exact resume has an order. The random states of the epoch's start are put back, then the iterator is made (which draws
+from them), then what was consumed is fetched again and dropped, then the current random states are put back. So the
+workers' augmentations and the sampler's order are those of the run that was never interrupted.
+
+A batch is fetched when it is asked for, while the device still computes the one before it, and copied on a stream of
+its own: it is one ahead of the device without being one ahead of the position that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from fastloop.loop import random_state
+from fastloop.loop.seeded import SeededDataset
+from fastloop.loop.signals import ShieldedInit
+from fastloop.loop.strategy import Ranks
+
+END = object()  # no batch is left in this epoch
+
+
+@dataclass
+class Position:
+    """Where a run is in its data: `batches` of epoch `epoch` are consumed."""
+
+    epoch: int = 0
+    batches: int = 0
+    padded: int = 0  # micro-batches of weight 0 that this rank has added
+    start: dict[str, Any] | None = None  # random states before the epoch's iterator was made
+    now: dict[str, Any] | None = None  # and now
+    loader: Any = None  # state of a loader that keeps its own (torchdata's StatefulDataLoader)
+    consumed: int = 0  # samples of the epoch's permutation that all ranks have consumed together
+    world: int = 1
+    skip: int = 0  # samples of the epoch that earlier ranks, of another number, consumed
+    order: dict[str, Any] | None = None  # random states that the epoch's order was drawn from, if by a loader alone
+
+    def for_ranks(self, size: int) -> Position:
+        """The same place for another number of ranks: what is left of the epoch is divided anew."""
+        if self.batches == 0 and self.skip == 0:
+            return Position(self.epoch)
+        return Position(self.epoch, skip=self.consumed, order=self.order, world=size)
+
+
+@dataclass
+class Feed:
+    """One loader's epochs.
+
+    Args:
+        loader: a DataLoader, or anything that can be iterated over again and again.
+        ranks: the processes that share the data.
+        channels_last: 4-dimensional tensors come in that layout.
+        seed: of the order, where the loop divides the data among ranks; the same on each.
+    """
+
+    loader: Any
+    ranks: Ranks
+    channels_last: bool = False
+    seed: int = 0
+    epoch: int = 0
+    batches: int = 0  # consumed in this epoch, on this rank
+    batches_before: int = 0  # the window under way
+    padded: int = 0  # micro-batches of weight 0 added to it, because other ranks have more
+    wait_seconds: float = 0.0  # spent waiting for the loader, in all
+    start: dict[str, Any] | None = None
+    skip: int = 0
+    order: dict[str, Any] | None = None
+    begun: bool = False  # `begin` has brought it to where it is
+    _iterator: Iterator[Any] | None = None
+    _spare: Any = None  # the last batch: what a rank that has run out computes on, with weight 0
+    _stream: Any = None
+    _generators: list[torch.Generator] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._given = self.loader
+        self.loader = self._current = shared_among(self.loader, self.ranks, self.seed)
+        self._generators = _generators(self.loader)
+        self._keeps_own_state = keeps_own_state(self.loader)
+        if self.ranks.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.ranks.device)
+
+    def begin(self, position: Position) -> None:
+        """Make the iterator of the epoch, and bring it to `position`."""
+        self.begun = False
+        self.close()
+        self.epoch, self.batches, self.padded = position.epoch, 0, position.padded
+        self.skip, self.order = position.skip, position.order
+        set_epoch(self.loader, position.epoch)
+        loader = self._current = self._remaining(position) if position.skip else self.loader
+        if position.start is None:
+            if position.now is not None:
+                random_state.restore(position.now, self._generators)
+            self.start = random_state.capture(self._generators)
+            self._iterator = _iterate(loader)
+            self.batches_before = 0
+            self.begun = True
+            return
+        assert position.now is not None
+        random_state.restore(position.start, self._generators)
+        self.start = position.start
+        if position.loader is not None:
+            loader.load_state_dict(position.loader)
+        rest = None
+        if position.loader is None and skippable(loader):
+            unread = position.batches - (self.ranks.size > 1)  # the last one is read: see `repeated`
+            rest = _Rest(loader.batch_sampler, max(unread, 0))
+            loader = rebuilt(loader, rest)
+        self._iterator = _iterate(loader)
+        if rest is not None:
+            rest.skip()
+            self._spare = next(self._iterator, None) if self.ranks.size > 1 and position.batches else None
+        elif position.loader is None:
+            self._replay(position.batches)
+        self.batches = self.batches_before = position.batches
+        random_state.restore(position.now, self._generators)
+        self.begun = True
+
+    def _replay(self, count: int) -> None:
+        assert self._iterator is not None
+        for i in range(count):
+            batch = next(self._iterator, END)
+            if batch is END:
+                raise RuntimeError(
+                    f"[Loop] the checkpoint was made after {count} batches of epoch {self.epoch}, and the loader has "
+                    f"only {i}; the data or the batch size have changed: pass resume=False, or resume from the start "
+                    "of an epoch"
+                )
+            self._spare = batch
+
+    def position(self) -> Position:
+        """Where the run is, at the end of a window."""
+        size = _batch_size(self._current)
+        divided = distributed_sampler(self.loader) is not None
+        return Position(
+            epoch=self.epoch,
+            batches=self.batches,
+            padded=self.padded,
+            start=self.start,
+            now=random_state.capture(self._generators),
+            loader=self.loader.state_dict() if self._keeps_own_state else None,
+            consumed=self.skip + self.batches * self.ranks.size * size,
+            world=self.ranks.size,
+            skip=self.skip,
+            order=self.order or (None if divided else self.start),
+        )
+
+    def position_of_last_window(self) -> Position:
+        """Where the last whole window ended; inside of one, the random states of now have moved on since."""
+        position = self.position()
+        if self.batches_before != self.batches:
+            position.loader = None  # its own state is beyond the window: it is replayed
+        position.batches = self.batches_before
+        if position.batches == 0:  # the order of the epoch is drawn with the first batch: before that nothing counts
+            position.now = self.start
+        return position
+
+    def restore_random(self, position: Position) -> None:
+        """Put back the random states of `position`, where no iterator will be made."""
+        if not self.begun and position.now is not None:
+            random_state.restore(position.now, self._generators)
+
+    def also_keep(self, loader: Any) -> None:
+        """The states of this other loader's generators belong to the run too."""
+        known = {id(g) for g in self._generators}
+        self._generators += [g for g in _generators(loader) if id(g) not in known]
+
+    def position_before(self, epoch: int) -> Position:
+        """Where the run is, before the iterator of `epoch` is made."""
+        return Position(epoch, now=random_state.capture(self._generators), world=self.ranks.size)
+
+    def _remaining(self, position: Position) -> Any:
+        """A loader of the samples of this epoch that ranks of another number left, divided among these ranks."""
+        given = self._given
+        if not isinstance(given, DataLoader) or isinstance(given.dataset, IterableDataset):
+            raise RuntimeError(
+                f"[Loop] the checkpoint was made by {position.world} ranks in the middle of an epoch; what is left can "
+                "be divided among another number of ranks for a DataLoader over a map-style data set only; resume "
+                "with that number, or from the start of an epoch"
+            )
+        left = self._order(given, position)[position.skip :]
+        size, rank = self.ranks.size, self.ranks.rank
+        drop_last = bool(getattr(self.loader.batch_sampler, "drop_last", False))
+        if drop_last:
+            left = left[: len(left) // size * size]
+        elif left[rank::size] == [] and left:  # a rank that gets nothing computes on a sample of another's, weight 0
+            self._spare = (given.collate_fn or default_collate)([given.dataset[left[0]]])
+        batches = torch.utils.data.BatchSampler(left[rank::size], _batch_size(self.loader), drop_last)
+        return rebuilt(given, batches)
+
+    def _order(self, given: DataLoader[Any], position: Position) -> list[int]:
+        """All samples of the epoch in the order of the ranks that began it."""
+        if position.order is not None:
+            kept = random_state.capture(self._generators)
+            random_state.restore(position.order, self._generators)
+            torch.empty((), dtype=torch.int64).random_(generator=given.generator)  # DataLoader draws its seed first
+            order = [index for batch in given.batch_sampler for index in batch]  # type: ignore[union-attr]
+            random_state.restore(kept, self._generators)
+            return order
+        sampler = distributed_sampler(self.loader)
+        shuffles = isinstance(given.sampler, torch.utils.data.RandomSampler) if sampler is None else sampler.shuffle
+        seed = self.seed if sampler is None else sampler.seed
+        whole: DistributedSampler[Any] = DistributedSampler(given.dataset, 1, 0, shuffle=shuffles, seed=seed)
+        whole.set_epoch(position.epoch)
+        return list(whole)
+
+    def next(self) -> Any:
+        """The next batch, on the device; END where the epoch has no more."""
+        before = perf_counter()
+        assert self._iterator is not None
+        batch = next(self._iterator, END)
+        self.wait_seconds += perf_counter() - before
+        if batch is END:
+            return END
+        self.batches += 1
+        if self.ranks.size > 1:
+            self._spare = batch
+        return self.moved(batch)
+
+    def repeated(self) -> Any:
+        """The last batch again, for a rank that has no more while others have."""
+        if self._spare is None:
+            raise RuntimeError(
+                f"[Loop] rank {self.ranks.rank} has no data in epoch {self.epoch} while others have; every rank "
+                "needs at least one batch"
+            )
+        self.padded += 1
+        return self.moved(self._spare)
+
+    def moved(self, batch: Any) -> Any:
+        """`batch` on the device; on a GPU by a copy that runs beside the computation under way."""
+        device = self.ranks.device
+        if self._stream is None:
+            if device.type != "cpu" or self.channels_last:
+                return _map(batch, self._placed)
+            return batch
+        main = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._stream):
+            moved = _map(batch, self._placed)
+        main.wait_stream(self._stream)
+        _map(moved, lambda t: (t.record_stream(main), t)[1])
+        return moved
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        device = self.ranks.device
+        if tensor.device.type == "cpu" and device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        tensor = tensor.to(device, non_blocking=device.type == "cuda")
+        if self.channels_last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+    def close(self) -> None:
+        """End the iterator and its workers, also one that hangs: they ignore the signal that DataLoader would send."""
+        workers = list(getattr(self._iterator, "_workers", ()))
+        self._iterator = None
+        if getattr(self._current, "persistent_workers", False):
+            self._current._iterator = None
+        for worker in workers:  # DataLoader has waited for them by now, five seconds for each
+            if worker.is_alive():
+                worker.kill()
+
+    def full_length(self) -> int | None:
+        """Batches of a whole epoch on this rank, None where the loader does not know."""
+        try:
+            return len(self.loader)
+        except (TypeError, NotImplementedError):
+            return None
+
+    def length(self) -> int | None:
+        """Batches of the present epoch on this rank, None where the loader does not know."""
+        try:
+            return len(self._current)
+        except (TypeError, NotImplementedError):
+            return None
+
+
+# ---- batches
+
+
+def _map(batch: Any, function: Any) -> Any:
+    """`batch` with `function` applied to each tensor."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        mapped = {key: _map(value, function) for key, value in batch.items()}
+        return mapped if type(batch) is dict else _like(batch, mapped)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_map(value, function) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_map(value, function) for value in batch)
+    return batch
+
+
+def _like(batch: Any, mapped: dict[Any, Any]) -> Any:
+    """A mapping of the batch's own class, such as transformers' BatchEncoding, which is made from a dict."""
+    try:
+        return type(batch)(mapped)
+    except TypeError:
+        return mapped
+
+
+def first_tensor(batch: Any) -> Tensor | None:
+    """The batch's first tensor, in the order of its items; None without one."""
+    if isinstance(batch, Tensor):
+        return batch
+    items: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        items = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        items = batch
+    for item in items:
+        found = first_tensor(item)
+        if found is not None:
+            return found
+    return None
+
+
+def samples_in(batch: Any) -> int:
+    """Size of the first dimension of the batch's first tensor; 1 for a scalar, or without any tensor."""
+    tensor = (
+        batch[0] if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) else first_tensor(batch)
+    )
+    return 1 if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+
+
+def sliced(batch: Any, start: int, stop: int) -> Any:
+    """Samples start..stop of a batch: each tensor whose first dimension is the batch's is cut."""
+    size = samples_in(batch)
+    return _map(batch, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t)
+
+
+# ---- loaders
+
+
+def _iterate(loader: Any) -> Iterator[Any]:
+    """iter(loader); a DataLoader's workers are shielded from the signals that ask the run to save and stop."""
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
+        return iter(loader)
+    own = loader.worker_init_fn
+    if loader.persistent_workers:
+        # Workers that live on would go on with the random states of the epochs before, which a resumed run cannot
+        # reach without reading them all again: they start anew with each epoch.
+        loader._iterator = None
+    if not isinstance(own, ShieldedInit):
+        loader.worker_init_fn = ShieldedInit(own)
+    try:
+        return iter(loader)
+    finally:
+        loader.worker_init_fn = own
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Generators that the user gave to the loader and its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found: dict[int, torch.Generator] = {}
+    for holder in holders:
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever shuffles by the epoch's number: samplers of the loader, its data set, the loader itself."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (
+        loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None),
+        getattr(loader, "dataset", None),
+    )  # fmt: skip
+    for holder in {id(h): h for h in holders}.values():
+        told = getattr(holder, "set_epoch", None)
+        if callable(told):
+            told(epoch)
+
+
+def shared_among(loader: Any, ranks: Ranks, seed: int = 0) -> Any:
+    """`loader`, or one in its place whose samples are divided among the ranks.
+
+    A DataLoader that shuffles, or goes through its data in order, would give every rank all of the data: it gets a
+    DistributedSampler. A loader with another sampler, with an iterable data set, or that is no DataLoader, is taken as
+    one that divides already.
+    """
+    if ranks.size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
+    in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler)
+    if not (shuffles or in_order) or type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
+        return loader
+    sampler: Any = DistributedSampler(loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, seed=seed)
+    return rebuilt(loader, torch.utils.data.BatchSampler(sampler, loader.batch_size or 1, loader.drop_last))
+
+
+def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
+    """A DataLoader like `loader` with other batches of indices."""
+    copied = DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    return copied
+
+
+class _Rest:
+    """The batches of a batch sampler after the first `skipped`, for one epoch."""
+
+    def __init__(self, batch_sampler: Any, skipped: int) -> None:
+        self.batch_sampler, self.skipped = batch_sampler, skipped
+        self._batches: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        # Samplers draw their order when the first batch is asked for; DataLoader draws a seed of its own before that.
+        self._batches = iter(self.batch_sampler)
+        return self
+
+    def __next__(self) -> Any:
+        self.skip()
+        return next(self._batches)
+
+    def skip(self) -> None:
+        """Pass over what is to be skipped, if that has not been done."""
+        while self.skipped > 0:
+            self.skipped -= 1
+            next(self._batches, None)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+
+def skippable(loader: Any) -> bool:
+    """Whether a batch that is not read leaves no trace: its samples have seeds of their own."""
+    return (
+        isinstance(loader, DataLoader)
+        and isinstance(loader.dataset, SeededDataset)
+        and loader.batch_sampler is not None
+    )
+
+
+def keeps_own_state(loader: Any) -> bool:
+    """Whether the loader's own state brings it back exactly.
+
+    That of torchdata's StatefulDataLoader does not hold what its workers have drawn: over a map-style data set that
+    draws, only a replay does.
+    """
+    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        return False
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
+        return True
+    data = loader.dataset
+    return isinstance(data, (IterableDataset, SeededDataset)) or hasattr(data, "state_dict")
+
+
+def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
+    """The loader's DistributedSampler, if it has one."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
+
+
+def _batch_size(loader: Any) -> int:
+    """Samples of a batch of indices; 0 where the loader does not say."""
+    return (
+        getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 0
+    )

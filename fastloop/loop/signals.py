@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that ask a training to save and to stop, answered at the end of a window."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT)
+SAVE = (signal.SIGUSR1,)
+
+
+class Signals:
+    """While active, SIGTERM and Ctrl-C set `stop`, SIGUSR1 sets `save`; a second Ctrl-C interrupts at once.
+
+    Python runs handlers on the main thread alone: elsewhere nothing is installed, and a signal does what it did.
+    """
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.save = False
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self.stop, self.save = None, False
+        if threading.current_thread() is threading.main_thread():
+            for number in (*SAVE_AND_STOP, *SAVE):
+                self._earlier[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._earlier = {}
+
+    def _received(self, number: int, frame: Any) -> None:
+        del frame
+        if number in SAVE:
+            self.save = True
+        elif self.stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            self.stop = signal.Signals(number)
+
+
+class ShieldedInit:
+    """A DataLoader's worker_init_fn that leaves those signals to the main process, and then runs the user's own.
+
+    A signal to the process group would otherwise kill the workers while the main process still needs them to reach
+    the end of its window. Workers end when the main process does: DataLoader watches for that.
+    """
+
+    def __init__(self, then: Any = None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        for number in (*SAVE_AND_STOP, *SAVE):
+            signal.signal(number, signal.SIG_IGN)
+        if self.then is not None:
+            self.then(worker)
