@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of CPU results from a committed result file, so that no figure is typed by hand.
 
-python scripts/readme_table.py            rewrite them from the newest file in benchmarks/results: in README.md that of
+python scripts/readme_table.py            rewrite them from the newest files in benchmarks/results: in README.md that of
                                           the step, in docs/benchmarking.md that of whole training loops
 python scripts/readme_table.py --check    fail if a page is not what that would write
 """
@@ -24,12 +24,16 @@ LOOPS = (
 PEERS = {"torch-fused": "`clip_grad_norm_` + `AdamW(fused=True)`", "torch-default": "`clip_grad_norm_` + `AdamW()`"}
 
 
-def newest() -> Path:
-    """The result file that was created last, by its own account."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    if not files:
-        raise SystemExit("readme_table: no result file in benchmarks/results")
-    return max(files, key=lambda path: str(json.loads(path.read_text())["created"]))
+def newest(*, of_loops: bool) -> Path:
+    """The result file that was created last, by its own account, of those with rows of whole loops or of the step."""
+    created = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        run = json.loads(path.read_text())
+        if any((row["group"] == "loop") == of_loops for row in run["rows"] if row["group"] != "control"):
+            created[path] = str(run["created"])
+    if not created:
+        raise SystemExit("readme_table: no such result file in benchmarks/results")
+    return max(created, key=created.__getitem__)
 
 
 def table(path: Path) -> str:
@@ -81,7 +85,8 @@ def source(run: dict[str, Any], path: Path, page: Path) -> str:
 
 
 def main() -> None:
-    for (page, begin, end), written in ((README, table(newest())), (LOOPS, loop_table(newest()))):
+    tables = ((README, table(newest(of_loops=False))), (LOOPS, loop_table(newest(of_loops=True))))
+    for (page, begin, end), written in tables:
         text = page.read_text()
         head, rest = text.split(begin)
         wanted = head + begin + written + end + rest.split(end, 1)[1]
