@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,16 +41,19 @@ class Backward:
             begin = scaler.scale(begin)
         if begin.dtype != loss.dtype:
             begin = begin.to(loss.dtype)
-        if type(loss) is Tensor and _engine is not None:
-            _engine((loss,), (begin,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        engine = _engine()
+        if engine is not None and type(loss) is Tensor:
+            engine((loss,), (begin,), False, False, (), allow_unreachable=True, accumulate_grad=True)
         else:
             loss.backward(begin)
 
 
-def _found() -> Callable[..., Any] | None:
+@functools.cache
+def _engine() -> Callable[..., Any] | None:
     """autograd's engine, which `Tensor.backward` calls after some 25 us of looking for what a scalar loss has not.
 
-    It is torch's own and may change: it is tried, and `Tensor.backward` is used where it is not what it was.
+    It is torch's own and may change: it is tried, and `Tensor.backward` is used where it is not what it was. Not at
+    import: the first backward of a process starts threads for its GPUs, which a fork does not survive.
     """
     try:
         engine: Callable[..., Any] = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
@@ -58,6 +62,3 @@ def _found() -> Callable[..., Any] | None:
         return engine if x.grad is not None and x.grad.item() == 3.0 else None
     except Exception:
         return None
-
-
-_engine = _found()

@@ -240,7 +240,7 @@ class Core:
         if weight is None:
             weight = float(self._batch_samples)
         elif isinstance(weight, Tensor):
-            weight = weight.detach().double() if self._on_device else float(weight)
+            weight = weight.detach().double().reshape(()) if weight.device.type != "cpu" else float(weight)
         else:
             weight = float(weight)
         if isinstance(weight, float) and not weight >= 0.0:
@@ -270,7 +270,7 @@ class Core:
             values += self._in_order(metrics or {})
         for i, value in enumerate(values):
             if isinstance(value, Tensor):
-                number: Scalar = value.detach().double() if self._on_device else value.item()
+                number: Scalar = value.item() if value.device.type == "cpu" else value.detach().double().reshape(())
             else:
                 number = float(value)
             if i > 0 or reduction == "mean" or window._padding:
@@ -321,8 +321,9 @@ class Core:
         if self.ranks.size > 1:
             totals = self._sum_over_ranks(window, totals)
         scale = totals[0] / (self._nominal * self.ranks.size)
-        # Only ranks whose data have ended ask: where one of the others has data, the weight is not 0.
-        window.void = window._padding and window.samples == 0 and float(totals[0]) == 0.0
+        # Only ranks whose data have ended ask: where one of the others has data, there are samples.
+        samples = 1 + len(window.sums)  # of all ranks, where there are several
+        window.void = window._padding and window.samples == 0 and float(totals[samples]) == 0.0
         norm: Scalar = 0.0
         skipped: Scalar = 0.0
         if not window.void:
@@ -358,8 +359,11 @@ class Core:
         device = self.ranks.device
         if not self._on_device:
             return self.ranks.sum(torch.tensor(values, dtype=torch.float64)).tolist()
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-        return list(self.ranks.sum(stacked).unbind())
+        # A number that becomes a tensor there waits for the device, unless it comes from pinned memory.
+        numbers = [v for v in values if not isinstance(v, Tensor)]
+        pinned = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=True)
+        moved = iter(pinned.to(device, non_blocking=True).unbind())
+        return list(self.ranks.sum(torch.stack([v if isinstance(v, Tensor) else next(moved) for v in values])).unbind())
 
 
 def _weighted(number: Scalar, weight: Scalar) -> Scalar:

@@ -11,6 +11,7 @@ its own: it is one ahead of the device without being one ahead of the position t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -86,7 +87,7 @@ class Feed:
         self._generators = _generators(self.loader)
         self._keeps_own_state = keeps_own_state(self.loader)
         if self.ranks.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.ranks.device)
+            self._stream = _copy_stream(self.ranks.device)
 
     def begin(self, position: Position) -> None:
         """Make the iterator of the epoch, and bring it to `position`."""
@@ -244,16 +245,23 @@ class Feed:
             return batch
         main = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._stream):
-            moved = _map(batch, self._placed)
+            moved = _map(batch, lambda t: self._copied(t, main))
         main.wait_stream(self._stream)
-        _map(moved, lambda t: (t.record_stream(main), t)[1])
+        return _map(moved, self._placed) if self.channels_last else moved
+
+    def _copied(self, tensor: Tensor, main: Any) -> Tensor:
+        """On the stream of copies, for use on `main`; what is on a device already is `main`'s own."""
+        if tensor.device.type != "cpu":
+            return tensor.to(self.ranks.device, non_blocking=True)
+        if tensor.layout != torch.strided:
+            return tensor.to(self.ranks.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        moved = pinned.to(self.ranks.device, non_blocking=True)
+        moved.record_stream(main)
         return moved
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        device = self.ranks.device
-        if tensor.device.type == "cpu" and device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
-        tensor = tensor.to(device, non_blocking=device.type == "cuda")
+        tensor = tensor.to(self.ranks.device)
         if self.channels_last and tensor.dim() == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor
@@ -281,6 +289,12 @@ class Feed:
             return len(self._current)
         except (TypeError, NotImplementedError):
             return None
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> Any:
+    """One for each device: a stream keeps the memory of what was made on it."""
+    return torch.cuda.Stream(device)
 
 
 # ---- batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,12 @@ class Supervised:
 
     def _weight(self, target: Tensor) -> Tensor:
         """What the criterion has divided its sum by."""
-        counted = target != self.criterion.ignore_index
-        if self.criterion.weight is None:
+        criterion: Any = self.criterion
+        counted = target != criterion.ignore_index
+        if criterion.weight is None:
             return counted.sum()
-        return self.criterion.weight[target[counted]].sum()  # type: ignore[index]
+        # Not by a mask, whose length a GPU would have to be asked for.
+        return cast(Tensor, (criterion.weight[target.masked_fill(~counted, 0)] * counted).sum())
 
 
 def parts(result: Any, default_weight: float) -> tuple[Tensor, Mapping[str, Any], Any]:

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ class Loop(Core):
         self._channels_last, self._auto_microbatch = channels_last, auto_microbatch
 
         place = None if device is None else torch.device(device)
+        if deterministic:
+            random_state.make_deterministic()  # before anything starts cuBLAS
         self.device, self.ranks = distributed.start(strategy, place, model)
         if isinstance(loss_fn, nn.Module):
             together = accumulation_steps > 1 or self.ranks.size > 1
@@ -171,8 +173,6 @@ class Loop(Core):
         self.loss_fn = loss_fn
         if seed is not None:
             random_state.seed_everything(seed, self.ranks.rank)
-        if deterministic:
-            random_state.make_deterministic()
         self.precision = modes.resolve(precision, self.device)
         self.optimizer = optimizer
         self.model = self._prepared(model, compile, activation_checkpointing)
@@ -340,6 +340,8 @@ class Loop(Core):
                 gc.unfreeze()
             if collects:
                 gc.enable()
+            with suppress(Exception):  # rows of steps that are done, whatever ended the run
+                self._reporter.take(all_of_them=self.ranks.size == 1, only_ready=self.ranks.size > 1)
             self._position = self._boundary_position()  # also where the loop was left in the middle
             feed.close()
             if self._saver.store is not None:
@@ -385,6 +387,7 @@ class Loop(Core):
             self._evaluate_now()
         due = self._saver.due_at(step)
         if due or self._save_asked or self._improved:
+            self._reporter.take(all_of_them=True)  # a checkpoint knows all its steps
             self._saver.save(feed.position(), "steps" if due else "best" if self._improved else "asked")
             self._signals.save = self._save_asked = self._improved = False
         if step % GC_WINDOWS == 0:
@@ -609,6 +612,7 @@ class Loop(Core):
             )
         if store is None:
             raise ValueError("[Loop] save() needs a path, since the loop has no run_dir")
+        self._reporter.take(all_of_them=True)
         return self._saver.save_now(store, name, self._boundary_position(), weights_only)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -624,6 +628,7 @@ class Loop(Core):
         self._restore(found)
 
     def _restore(self, checkpoint: Any) -> None:
+        self._reporter.take(all_of_them=True)  # of the run before
         self._position = saver.restore(self, checkpoint)
         self._feed, self._between_epochs = None, self._position.start is None and not self._position.skip
         self._reporter.resumed(self.global_step, f"goes on from {checkpoint.path}, step {self.global_step}")
@@ -631,6 +636,7 @@ class Loop(Core):
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and the loop's own state, for a checkpoint format of your own."""
+        self._reporter.take(all_of_them=True)
         return {
             "model": distributed.unwrapped(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -643,6 +649,7 @@ class Loop(Core):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` returned, under the same number of ranks."""
         saver.check_version(state["loop"])
+        self._reporter.take(all_of_them=True)
         distributed.unwrapped(self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._load_progress(state["loop"])

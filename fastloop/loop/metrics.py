@@ -51,23 +51,29 @@ class Outbox:
 
     def put(self, record: Record, values: list[Scalar]) -> None:
         """Send off `values`, which become the record's."""
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
-        arrived = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
-        arrived.copy_(stacked, non_blocking=True)
+        there = [v for v in values if isinstance(v, Tensor)]
+        record.values = values  # type: ignore[assignment]
+        arrived = torch.empty(len(there), dtype=torch.float64, device="cpu", pin_memory=True)
+        if there:
+            arrived.copy_(torch.stack([v.detach().to(self._device, torch.float64) for v in there]), non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._under_way.append((record, arrived, event))
 
-    def take(self, all_of_them: bool = False) -> Iterator[Record]:
-        """Records that have arrived, oldest first."""
+    def take(self, all_of_them: bool = False, only_ready: bool = False) -> Iterator[Record]:
+        """Records that have arrived, oldest first; with `only_ready` without any wait, whatever other ranks see."""
         while self._under_way:
             record, arrived, event = self._under_way[0]
-            if all_of_them or (self._together and len(self._under_way) > 1):
+            if only_ready:
+                if not event.query():
+                    return
+            elif all_of_them or (self._together and len(self._under_way) > 1):
                 event.synchronize()
             elif self._together or not event.query():
                 return
             self._under_way.popleft()
-            record.values = arrived.tolist()
+            numbers = iter(arrived.tolist())
+            record.values = [next(numbers) if isinstance(v, Tensor) else v for v in record.values]
             yield record
 
 

@@ -118,10 +118,10 @@ class Reporter:
             record.values = values  # type: ignore[assignment]
             self._arrived(record)
 
-    def take(self, all_of_them: bool = False) -> None:
+    def take(self, all_of_them: bool = False, only_ready: bool = False) -> None:
         """Make known what has come from the device; with `all_of_them` wait for the rest."""
         if self._on_device:
-            for record in self._outbox.take(all_of_them):
+            for record in self._outbox.take(all_of_them, only_ready):
                 self._arrived(record)
 
     def _arrived(self, record: Record) -> None:

@@ -112,8 +112,9 @@ class Staged:
 
     def ready(self) -> None:
         """Wait for copies from devices."""
-        for event in self.events:
-            event.synchronize()
+        for device, event in self.events:
+            with torch.cuda.device(device):  # this thread's own would be the first one, and get a context
+                event.synchronize()
 
     def buffers(self) -> Iterator[bytes | memoryview]:
         """The file's bytes in order."""
@@ -168,7 +169,7 @@ class Staging:
                 self._blocks.append(torch.empty(0, dtype=torch.uint8))
             if self._blocks[number].numel() < used:
                 self._blocks[number] = torch.empty(0, dtype=torch.uint8)  # freed before its successor is taken
-                self._blocks[number] = torch.empty(used, dtype=torch.uint8, pin_memory=pinned)
+                self._blocks[number] = torch.empty(used, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             self._views.append(memoryview(self._blocks[number][:used].numpy()))  # type: ignore[arg-type]
         for entry, (number, start) in zip(entries, places, strict=True):
             flat = self._blocks[number][start : start + entry.nbytes]
@@ -187,7 +188,7 @@ class Staging:
         events = []
         for device, (slots, arrays) in devices.items():
             if device.type == "cuda":
-                events.append(_copy_from_cuda(slots, arrays, device))
+                events.append((device, _copy_from_cuda(slots, arrays, device)))
             else:
                 torch._foreach_copy_(slots, arrays)
         return Staged(self._head, self._views, events)

@@ -134,8 +134,8 @@ def _own_device(model: nn.Module) -> torch.device:
 
 
 def _local_gpu() -> int:
-    """torchrun's LOCAL_RANK, or the current device."""
-    return int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    """torchrun's LOCAL_RANK, or the current device; the only one where each process is given one."""
+    return int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) % max(1, torch.cuda.device_count())
 
 
 def spread(

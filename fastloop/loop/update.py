@@ -85,12 +85,31 @@ class OurUpdate:
                     optimizer.step()
                 else:
                     self.scaler.step(optimizer)
+                    if isinstance(nothing, Tensor):
+                        _no_overflow(self.scaler, optimizer, nothing)
                     self.scaler.update()
             finally:
                 optimizer.__dict__.pop("grad_scale", None)
                 optimizer.__dict__.pop("found_inf", None)
         norm, found = optimizer._norm, optimizer._found_inf
+        if isinstance(norm, Tensor) and isinstance(found, Tensor):
+            norm, found = torch.stack([norm, found]).unbind()  # the next step writes over its own
         return (math.nan if norm is None else norm), (float(found) if isinstance(found, bool) else found)  # type: ignore[arg-type,return-value]
+
+
+def _no_overflow(scaler: GradScaler, optimizer: torch.optim.Optimizer, nothing: Tensor) -> None:
+    """A window that weighs nothing is skipped for that, and says nothing about the scale."""
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    for device in found:
+        found[device] = found[device] * (1.0 - nothing.to(found[device].dtype))
+
+
+def _lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's fused SGD would make momentum buffers, which it leaves as they come if the step is skipped."""
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["momentum"] and any(p.grad is not None and not optimizer.state.get(p) for p in group["params"])
+        for group in optimizer.param_groups
+    )
 
 
 class TorchUpdate:
@@ -137,7 +156,7 @@ class TorchUpdate:
     def _step(self, norm: Tensor, nothing: Scalar | bool) -> tuple[Scalar, Scalar]:
         optimizer = self.optimizer
         on_device = norm.device.type != "cpu" and all(g.get("fused") for g in optimizer.param_groups)
-        if on_device and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if on_device and getattr(optimizer, "_step_supports_amp_scaling", False) and not _lacks_momentum(optimizer):
             skipped = (~torch.isfinite(norm)).float()
             if nothing is not False:
                 skipped = torch.maximum(skipped, torch.as_tensor(nothing, dtype=torch.float32, device=norm.device))
@@ -178,8 +197,16 @@ def _divide(grads: list[Tensor], scale: Scalar) -> None:
         for grad in grads:
             local = local_shard(grad)
             by_kind.setdefault((local.device, local.dtype), []).append(local)
-        for (_, dtype), same in by_kind.items():
-            torch._foreach_mul_(same, factor.to(dtype) if isinstance(factor, Tensor) else factor)
+        for (device, dtype), same in by_kind.items():
+            if not isinstance(factor, Tensor):
+                torch._foreach_mul_(same, factor)
+                continue
+            there = factor.to(device, non_blocking=True)
+            if dtype in (torch.float32, torch.float64):
+                torch._foreach_mul_(same, there.to(dtype))
+            else:  # a factor of 8 bits would be off by up to 0.4 %
+                for grad in same:
+                    grad.copy_(grad.to(torch.float32) * there.to(torch.float32))
 
 
 __all__ = ["OurUpdate", "TorchUpdate", "clip_grad_norm_", "updater"]

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastloop
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the process first uses cuBLAS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,15 +87,16 @@ def test_a_skipped_window_is_seen_and_leaves_the_weights(tmp_path) -> None:
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path) -> None:
-    def run(folder, max_steps: int | None) -> fastloop.Loop:
-        loop = loop_of(model_of(0.3), run_dir=tmp_path / folder, seed=0, deterministic=True, save_every_steps=2)
+    def run(folder, max_steps: int | None, resume: str = "auto") -> fastloop.Loop:
+        settings = {"seed": 0, "deterministic": True, "save_every_steps": 2, "log_every": 1, "resume": resume}
+        loop = loop_of(model_of(0.3), run_dir=tmp_path / folder, **settings)
         loop.fit(loader_of(shuffle=True), epochs=3, max_steps=max_steps)
         return loop
 
     try:
         whole = run("whole", None)
         run("parts", 5)
-        parts = run("parts", None)
+        parts = run("parts", None, "step-000000004")  # saved while the numbers of its step were under way
     finally:
         torch.use_deterministic_algorithms(False)
     assert whole.global_step == parts.global_step == 21
@@ -120,3 +125,41 @@ def test_the_graphs_of_losses_are_not_kept() -> None:
         loop.step()
         sizes.append(torch.cuda.memory_allocated())
     assert max(sizes[40:]) <= max(sizes[10:40])
+
+
+def test_results_of_a_step_stay_as_they_were() -> None:
+    loop, kept = loop_of(model_of()), []
+    for window in loop.windows(loader_of(), epochs=1):
+        for batch in window:
+            loop.backward(loss_of(loop.model, batch))
+        kept.append(loop.step())
+    norms = [float(result.grad_norm) for result in kept]
+    assert len(set(norms)) == len(norms) > 3
+    assert [norm for _, norm in loop.history.get("grad_norm", [])] in ([], norms)
+
+
+def test_rows_of_a_loop_that_is_left_are_written(tmp_path) -> None:
+    loop = loop_of(model_of(), run_dir=tmp_path, log_every=1)
+    for window in loop.windows(loader_of(), epochs=1):
+        for batch in window:
+            loop.backward(loss_of(loop.model, batch))
+        loop.step()
+        if loop.global_step == 3:
+            break
+    del window
+    assert [step for step, _ in loop.history["train/loss"]] == [1, 2, 3]
+
+
+def test_batches_arrive_whole_while_the_device_is_busy() -> None:
+    loop = loop_of(model_of(), channels_last=True)
+    expected = [x.sum().item() for x, _ in loader_of()]
+    torch.cuda._sleep(200_000_000)
+    sums = []
+    for window in loop.windows(loader_of(), epochs=1):
+        for batch in window:
+            sums.append(batch[0].double().sum())
+            loop.backward(loss_of(loop.model, batch))
+        loop.step()
+    torch.testing.assert_close(
+        torch.stack(sums).cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-4
+    )

@@ -210,7 +210,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_window(tmp_path):
 @pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
 def test_a_signal_to_some_ranks(number, asked, tmp_path):
     """They agree, whichever was asked, and save one checkpoint together."""
-    started = ranks.Started(training, 2, tmp_path, tmp_path / "run", 0.01, "ddp", RARELY | {"keep_best": 0}, {"epochs": 10})
+    started = ranks.Started(
+        training, 2, tmp_path, tmp_path / "run", 0.01, "ddp", RARELY | {"keep_best": 0}, {"epochs": 10}
+    )
     wait_for_rows(started, tmp_path / "run", 3)
     started.kill(*asked, number=number)
     codes = started.wait()
