@@ -9,6 +9,7 @@ alone: a thread beside the training must not enter its collectives.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -73,12 +74,15 @@ class Store:
     `find`) look at the folder alone; let rank 0 decide and tell the others the name.
 
     Args:
-        folder: made if missing.
+        folder: of the checkpoints.
         rank, world_size: this process among those that save.
         keep_last, keep_best, keep_log_spaced, monitors: see `retention.Policy`.
         session: a word that all processes share and no other run has. None: one process makes it up; of several, rank 0
             does and broadcasts it over torch.distributed's group.
         timeout: seconds that a process waits for the others' parts.
+        owner: the folder is this run's own: it is made, and what killed runs left there finished or removed. False: to
+            read, or to save beside what is not ours; a save makes the folder if it is missing and deletes no other
+            checkpoint.
 
     Raises:
         ValueError: a setting out of range; several processes, no session and no process group.
@@ -96,11 +100,12 @@ class Store:
         monitors: Mapping[str, str] | None = None,
         session: str | None = None,
         timeout: float = 600.0,
+        owner: bool = True,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"[Store] rank must lie in [0, world_size), got {rank} of {world_size}")
         self.folder = Path(folder)
-        self.policy = Policy(keep_last, keep_best, keep_log_spaced, dict(monitors or {}))
+        self.policy = Policy(keep_last if owner else None, keep_best, keep_log_spaced, dict(monitors or {}))
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._session = Session(self.folder, _shared_word(session, world_size))
         self._saves = 0
@@ -111,7 +116,7 @@ class Store:
         self._error: BaseException | None = None
         self._others_may_be_dead = False
         self._damaged: dict[str, list[str]] = {}  # by name: what a full check has found
-        if rank == 0:
+        if rank == 0 and owner:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
 
@@ -241,23 +246,43 @@ class Store:
             _warn_damaged(name, damages)
         return self._first_whole(filter(usable, good))
 
-    def best(self, metric: str | None = None) -> Checkpoint | None:
-        """The whole checkpoint with the best `metric` (the first one monitored), verified; None if there is none."""
-        if metric is None and not self.policy.monitors:
-            raise ValueError("[Store] no metric is monitored; say which one, e.g. best('val/loss')")
-        metric = next(iter(self.policy.monitors)) if metric is None else metric
-        order = ranked(scan(self.folder)[0], metric, self.policy.monitors.get(metric, "min"))
+    def best(self, metric: str | None = None, *, mode: str | None = None) -> Checkpoint | None:
+        """The whole checkpoint with the best `metric` (the first one monitored), verified; None if there is none.
+
+        Args:
+            metric: None for the first one monitored.
+            mode: "min" or "max", which is the better; needed for a metric that is not monitored.
+
+        Raises:
+            ValueError: which metric, or which way it is better, is not known.
+        """
+        monitors = self.policy.monitors
+        if metric is None and not monitors:
+            raise ValueError("[Store] no metric is monitored; say which one, e.g. best('val/loss', mode='min')")
+        metric = next(iter(monitors)) if metric is None else metric
+        mode = monitors.get(metric) if mode is None else mode
+        if mode is None:
+            known = f"only {', '.join(map(repr, monitors))}" if monitors else "nothing is"
+            raise ValueError(
+                f"[Store] {metric!r} is not monitored, {known}; say which way it is better: "
+                f"'best:{metric}:max' or 'best:{metric}:min', in best() mode='max' or 'min'"
+            )
+        if mode not in ("min", "max"):
+            raise ValueError(f'[Store] mode must be "min" or "max", got {mode!r}')
+        order = ranked(scan(self.folder)[0], metric, mode)
         return self._first_whole(c for c in order if isinstance(c, Checkpoint))
 
     def find(self, which: str | os.PathLike[str], *, verified: bool = False) -> Checkpoint:
         """The checkpoint that is meant: "latest", "final", "best", "best:<metric>", a folder's name or a path.
 
+        A metric that is not monitored needs its mode: "best:<metric>:min" or "best:<metric>:max".
         A path may also be a run's folder or one of checkpoints: the newest there. With `verified` another process has
         verified it, and the files of a name or path are not hashed again.
 
         Raises:
             FileNotFoundError: there is none.
             CheckpointError: it is damaged.
+            ValueError: the best by a metric that is not monitored, without its mode.
         """
         text = os.fspath(which)
         found: Checkpoint | None = None
@@ -266,7 +291,10 @@ class Store:
         elif text == "final":
             found = self.newest(lambda checkpoint: checkpoint.name.startswith("final-"))
         elif text == "best" or text.startswith("best:"):
-            found = self.best(text.partition(":")[2] or None)
+            metric, mode = text.partition(":")[2], None
+            if metric not in self.policy.monitors and metric.endswith((":min", ":max")):
+                metric, _, mode = metric.rpartition(":")
+            found = self.best(metric or None, mode=mode)
         else:
             for path in (self.folder / text, Path(text)):
                 if (path / MANIFEST).exists():
@@ -439,11 +467,11 @@ def _warn_damaged(name: str, damages: list[str]) -> None:
 
 
 def _shared_word(session: str | None, world_size: int) -> str:
-    """A word of letters and digits that all processes of this run have and no other run."""
+    """16 hex digits that all processes of this run have and no other run."""
     if session is not None:
         if not session.isalnum():
             raise ValueError(f"[Store] session must be made of letters and digits, got {session!r}")
-        return session
+        return hashlib.sha256(session.encode()).hexdigest()[:16]  # the form that clean() knows
     word = os.urandom(8).hex()
     if world_size == 1:
         return word

@@ -12,6 +12,7 @@ its own: it is one ahead of the device without being one ahead of the position t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -46,9 +47,15 @@ class Position:
     order: dict[str, Any] | None = None  # random states that the epoch's order was drawn from, if by a loader alone
 
     def for_ranks(self, size: int) -> Position:
-        """The same place for another number of ranks: what is left of the epoch is divided anew."""
+        """The same place for another number of ranks: what is left of the epoch is divided anew.
+
+        Raises:
+            RuntimeError: in the middle of an epoch of a loader of which nobody knows what is left.
+        """
         if self.batches == 0 and self.skip == 0:
             return Position(self.epoch)
+        if self.batches > 0 and self.consumed <= self.skip:
+            raise _indivisible(self.world)
         return Position(self.epoch, skip=self.consumed, order=self.order, world=size)
 
 
@@ -77,6 +84,7 @@ class Feed:
     order: dict[str, Any] | None = None
     begun: bool = False  # `begin` has brought it to where it is
     _iterator: Iterator[Any] | None = None
+    _once: _Once | None = None  # the same, where the loader can be gone through once only: it outlives `close`
     _spare: Any = None  # the last batch: what a rank that has run out computes on, with weight 0
     _stream: Any = None
     _generators: list[torch.Generator] = field(default_factory=list)
@@ -85,23 +93,29 @@ class Feed:
         self._given = self.loader
         self.loader = self._current = shared_among(self.loader, self.ranks, self.seed)
         self._generators = _generators(self.loader)
-        self._keeps_own_state = keeps_own_state(self.loader)
         if self.ranks.device.type == "cuda":
             self._stream = _copy_stream(self.ranks.device)
 
     def begin(self, position: Position) -> None:
-        """Make the iterator of the epoch, and bring it to `position`."""
+        """Make the iterator of the epoch, and bring it to `position`.
+
+        Raises:
+            ValueError: a second epoch of a loader that can be gone through once.
+        """
         self.begun = False
         self.close()
         self.epoch, self.batches, self.padded = position.epoch, 0, position.padded
         self.skip, self.order = position.skip, position.order
+        if self._once is not None and self._once.epoch == position.epoch:
+            self._go_on(self._once, position)
+            return
         set_epoch(self.loader, position.epoch)
         loader = self._current = self._remaining(position) if position.skip else self.loader
         if position.start is None:
             if position.now is not None:
                 random_state.restore(position.now, self._generators)
             self.start = random_state.capture(self._generators)
-            self._iterator = _iterate(loader)
+            self._iterator = self._iterator_of(loader)
             self.batches_before = 0
             self.begun = True
             return
@@ -115,7 +129,7 @@ class Feed:
             unread = position.batches - (self.ranks.size > 1)  # the last one is read: see `repeated`
             rest = _Rest(loader.batch_sampler, max(unread, 0))
             loader = rebuilt(loader, rest)
-        self._iterator = _iterate(loader)
+        self._iterator = self._iterator_of(loader)
         if rest is not None:
             rest.skip()
             self._spare = next(self._iterator, None) if self.ranks.size > 1 and position.batches else None
@@ -123,6 +137,29 @@ class Feed:
             self._replay(position.batches)
         self.batches = self.batches_before = position.batches
         random_state.restore(position.now, self._generators)
+        self.begun = True
+
+    def _iterator_of(self, loader: Any) -> Iterator[Any]:
+        iterator = _iterate(loader)
+        if iterator is not loader:
+            return iterator
+        once = _Once(iterator, self.epoch)
+        if self._once is not None and not once.has_more():
+            raise ValueError(
+                f"[Loop] epoch {self.epoch}: the loader gave no batch: a generator can be gone through once; pass a "
+                "list, a DataLoader or an object whose __iter__ begins anew"
+            )
+        self._once = once
+        return once
+
+    def _go_on(self, once: _Once, position: Position) -> None:
+        """In the epoch under way, with what the iterator gives next: what it gave before it cannot give again."""
+        once.back_to(position.batches)
+        if position.now is not None:
+            random_state.restore(position.now, self._generators)
+        self.start = position.start or self.start
+        self._iterator = once
+        self.batches = self.batches_before = position.batches
         self.begun = True
 
     def _replay(self, count: int) -> None:
@@ -139,7 +176,6 @@ class Feed:
 
     def position(self) -> Position:
         """Where the run is, at the end of a window."""
-        size = _batch_size(self._current)
         divided = distributed_sampler(self.loader) is not None
         return Position(
             epoch=self.epoch,
@@ -147,8 +183,8 @@ class Feed:
             padded=self.padded,
             start=self.start,
             now=random_state.capture(self._generators),
-            loader=self.loader.state_dict() if self._keeps_own_state else None,
-            consumed=self.skip + self.batches * self.ranks.size * size,
+            loader=self._current.state_dict() if keeps_own_state(self._current) else None,
+            consumed=self._consumed(self.batches),
             world=self.ranks.size,
             skip=self.skip,
             order=self.order or (None if divided else self.start),
@@ -160,9 +196,15 @@ class Feed:
         if self.batches_before != self.batches:
             position.loader = None  # its own state is beyond the window: it is replayed
         position.batches = self.batches_before
+        position.consumed = self._consumed(self.batches_before)
         if position.batches == 0:  # the order of the epoch is drawn with the first batch: before that nothing counts
             position.now = self.start
         return position
+
+    def _consumed(self, batches: int) -> int:
+        """Samples of the epoch that all ranks have consumed after `batches`; `skip` where nobody knows."""
+        size = _batch_size(self._current) if _divisible(self._given) else 0
+        return self.skip + batches * self.ranks.size * size
 
     def restore_random(self, position: Position) -> None:
         """Put back the random states of `position`, where no iterator will be made."""
@@ -181,12 +223,8 @@ class Feed:
     def _remaining(self, position: Position) -> Any:
         """A loader of the samples of this epoch that ranks of another number left, divided among these ranks."""
         given = self._given
-        if not isinstance(given, DataLoader) or isinstance(given.dataset, IterableDataset):
-            raise RuntimeError(
-                f"[Loop] the checkpoint was made by {position.world} ranks in the middle of an epoch; what is left can "
-                "be divided among another number of ranks for a DataLoader over a map-style data set only; resume "
-                "with that number, or from the start of an epoch"
-            )
+        if not _divisible(given):
+            raise _indivisible(position.world)
         left = self._order(given, position)[position.skip :]
         size, rank = self.ranks.size, self.ranks.rank
         drop_last = bool(getattr(self.loader.batch_sampler, "drop_last", False))
@@ -221,6 +259,10 @@ class Feed:
         self.wait_seconds += perf_counter() - before
         if batch is END:
             return END
+        if self._once is not None:
+            if self.batches == self.batches_before:
+                self._once.window.clear()
+            self._once.window.append(batch)
         self.batches += 1
         if self.ranks.size > 1:
             self._spare = batch
@@ -276,6 +318,10 @@ class Feed:
             if worker.is_alive():
                 worker.kill()
 
+    def is_stateful(self, loader: Any) -> bool:
+        """Whether `loader` is this feed's and keeps a place of its own, which another iterator would move."""
+        return loader is self._given and keeps_own_state(self._current)
+
     def full_length(self) -> int | None:
         """Batches of a whole epoch on this rank, None where the loader does not know."""
         try:
@@ -289,6 +335,38 @@ class Feed:
             return len(self._current)
         except (TypeError, NotImplementedError):
             return None
+
+
+class _Once:
+    """A loader that is its own iterator, in one epoch; batches of the window under way can be given again."""
+
+    def __init__(self, iterator: Iterator[Any], epoch: int) -> None:
+        self.iterator, self.epoch = iterator, epoch
+        self.given = 0
+        self.window: list[Any] = []  # given since the last whole window
+        self._again: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = self._again.pop(0) if self._again else next(self.iterator)
+        self.given += 1
+        return batch
+
+    def has_more(self) -> bool:
+        """Whether there is another batch; it is fetched for that."""
+        if not self._again:
+            self._again = list(itertools.islice(self.iterator, 1))
+        return bool(self._again)
+
+    def back_to(self, count: int) -> None:
+        """The next batch is the one after the first `count`, which is in the window under way or follows it."""
+        behind = self.given - count
+        assert 0 <= behind <= len(self.window)
+        self._again = self.window[len(self.window) - behind :] + self._again
+        self.given = count
+        self.window = []
 
 
 @functools.cache
@@ -403,20 +481,52 @@ def shared_among(loader: Any, ranks: Ranks, seed: int = 0) -> Any:
     A DataLoader that shuffles, or goes through its data in order, would give every rank all of the data: it gets a
     DistributedSampler. A loader with another sampler, with an iterable data set, or that is no DataLoader, is taken as
     one that divides already.
+
+    Raises:
+        ValueError: a DataLoader without batches of indices, which would give every rank all of the data.
     """
     if ranks.size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
-    in_order = isinstance(loader.sampler, torch.utils.data.SequentialSampler)
-    if not (shuffles or in_order) or type(loader.batch_sampler) is not torch.utils.data.BatchSampler:
+    if loader.batch_sampler is None and _plain(loader.sampler):
+        raise ValueError(
+            f"[Loop] DataLoader(batch_size=None) gives each of the {ranks.size} ranks all of the data; pass it a "
+            "batch_size, or sampler=torch.utils.data.DistributedSampler(dataset)"
+        )
+    if not _divided_here(loader):
         return loader
+    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
     sampler: Any = DistributedSampler(loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, seed=seed)
     return rebuilt(loader, torch.utils.data.BatchSampler(sampler, loader.batch_size or 1, loader.drop_last))
 
 
+def _plain(sampler: Any) -> bool:
+    return isinstance(sampler, (torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler))
+
+
+def _divided_here(loader: DataLoader[Any]) -> bool:
+    return _plain(loader.sampler) and type(loader.batch_sampler) is torch.utils.data.BatchSampler
+
+
+def _divisible(loader: Any) -> bool:
+    """Whether it is known what ranks of any number have left of an epoch."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return _divided_here(loader) or (distributed_sampler(loader) is not None and _batch_size(loader) > 0)
+
+
+def _indivisible(world: int) -> RuntimeError:
+    return RuntimeError(
+        f"[Loop] the checkpoint was made by {world} ranks in the middle of an epoch; what is left can be divided among "
+        "another number of ranks for a DataLoader over a map-style data set only, in batches of one size, that "
+        "shuffles, goes in order, or has a DistributedSampler; resume with that number of ranks, or from the start of "
+        "an epoch"
+    )
+
+
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     """A DataLoader like `loader` with other batches of indices."""
-    copied = DataLoader(
+    more: dict[str, Any] = {"in_order": loader.in_order} if hasattr(loader, "in_order") else {}
+    copied: DataLoader[Any] = DataLoader(
         loader.dataset,
         batch_sampler=batch_sampler,
         num_workers=loader.num_workers,
@@ -428,6 +538,7 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
+        **more,
     )
     return copied
 

@@ -80,14 +80,3 @@ def unpack(value: JSON, tensors: Mapping[str, Tensor]) -> Any:
         if key == "$items":
             return {unpack(k, tensors): unpack(v, tensors) for k, v in inner}
     return {k: unpack(v, tensors) for k, v in value.items()}
-
-
-def copied(value: Any) -> Any:
-    """A copy that later steps do not write to."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {k: copied(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(v) for v in value)
-    return value

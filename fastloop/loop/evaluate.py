@@ -62,8 +62,9 @@ class Supervised:
         right = output.argmax(dim=1) == target
         if not self._of_classes:
             return loss, {"accuracy": right.double().mean()}
-        count = (target != self.criterion.ignore_index).sum()
-        return loss, {"accuracy": right.sum().double() / count}, count
+        counted = target != self.criterion.ignore_index
+        count = counted.sum()
+        return loss, {"accuracy": (right & counted).sum().double() / count}, count
 
     def _weight(self, target: Tensor) -> Tensor:
         """What the criterion has divided its sum by."""
@@ -146,6 +147,11 @@ def _batches(feed: Feed, ranks: Ranks, equal_counts: bool) -> Iterator[tuple[Any
     """Batches without the samples that DistributedSampler repeats, and whether a whole batch is only a repetition."""
     repeated = _repeated_samples(feed.loader, ranks)
     length = feed.length()
+    if equal_counts and ranks.largest(float(length is None)):
+        raise ValueError(
+            "[Loop] evaluate under fsdp2 needs a loader with a length on every rank, since each forward is a "
+            "collective; give the data set a __len__"
+        )
     feed.begin(Position())
     count = int(ranks.largest(float(length or 0))) if equal_counts else 0
     done = 0
@@ -166,7 +172,7 @@ def _batches(feed: Feed, ranks: Ranks, equal_counts: bool) -> Iterator[tuple[Any
 def _repeated_samples(loader: Any, ranks: Ranks) -> int:
     """How many samples at the end of this rank's share other ranks have too."""
     sampler = distributed_sampler(loader)
-    if sampler is None or sampler.drop_last:
+    if sampler is None or sampler.drop_last or getattr(loader.batch_sampler, "drop_last", False):
         return 0
     whole = len(sampler.dataset)  # type: ignore[arg-type]
     places = range(sampler.rank, sampler.total_size, sampler.num_replicas)

@@ -8,6 +8,9 @@ up at any death, SIGKILL included. Names:
     .del-<checkpoint>-<word>-<save>   being deleted
     .failed-<word>-<save>             tells the other processes
     .lock-<word>                      the lock
+
+A word is 16 hex digits. A folder of such a name is ours if its lock is there or if a checkpoint's files are all that it
+holds; nothing else is touched, whatever it is called.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import weakref
 from pathlib import Path
 
-from fastloop.loop.manifest import NAME, Checkpoint, CheckpointError
+from fastloop.loop.manifest import NAME, Checkpoint, CheckpointError, holds_checkpoint_files
 from fastloop.loop.safetensors_writer import sync_folder
 
 try:
@@ -30,8 +34,9 @@ try:
 except ModuleNotFoundError:  # no file locks on this system: leftovers go by their age
     fcntl = None  # type: ignore[assignment]
 
-LEFTOVER = re.compile(r"\.(tmp|del)-.+-(?P<word>[A-Za-z0-9]+)-\d+(?:-replaced)?")
-SIGN = re.compile(r"\.(lock-(?P<lock>[A-Za-z0-9]+)|failed-(?P<failed>[A-Za-z0-9]+)-\d+)")
+WORD = r"[0-9a-f]{16}"
+LEFTOVER = re.compile(rf"\.(?:tmp|del(?!.*-replaced$))-{NAME.pattern}-(?P<word>{WORD})-[0-9]+(?:-replaced)?")
+SIGN = re.compile(rf"\.(?:lock-(?P<lock>{WORD})|failed-(?P<failed>{WORD})-[0-9]+)")
 OLD_SECONDS = 24 * 3600.0  # where there are no locks
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -97,12 +102,14 @@ def clean(folder: Path) -> None:
     by_word: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         match = LEFTOVER.fullmatch(path.name) or SIGN.fullmatch(path.name)
-        if match is not None:
+        if match is not None and _is_kind(path, is_folder=match.re is LEFTOVER):
             by_word.setdefault(next(filter(None, match.groupdict().values())), []).append(path)
     leftovers = []
     for word, paths in by_word.items():
+        lock = folder / f".lock-{word}"
+        locked = lock in paths  # before it is taken away
         if not _is_alive(folder, word, paths):
-            leftovers += [path for path in paths if path.name != f".lock-{word}"]
+            leftovers += [p for p in paths if p != lock and (locked or not p.is_dir() or holds_checkpoint_files(p))]
     for number, path in sorted(((_number(path), path) for path in leftovers), reverse=True):
         if number >= 0 and _take_name(path):
             continue
@@ -110,6 +117,15 @@ def clean(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _is_kind(path: Path, is_folder: bool) -> bool:
+    """Leftovers are folders, signs are empty files, and none is a link."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:  # its run has just removed it
+        return False
+    return stat.S_ISDIR(status.st_mode) if is_folder else stat.S_ISREG(status.st_mode) and status.st_size == 0
 
 
 def _number(path: Path) -> int:

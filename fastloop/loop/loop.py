@@ -25,7 +25,7 @@ from fastloop.loop import strategy as distributed
 from fastloop.loop.checkpoint import Store
 from fastloop.loop.core import Core, Window
 from fastloop.loop.curves import plot_curves
-from fastloop.loop.data import Feed, Position, samples_in
+from fastloop.loop.data import Feed, Position, samples_in, set_epoch
 from fastloop.loop.extras import MissingExtra
 from fastloop.loop.logs import make_loggers
 from fastloop.loop.metrics import History
@@ -37,7 +37,7 @@ from fastloop.loop.update import Scalar, updater
 from fastloop.loop.watch import EarlyStopping
 
 logger = logging.getLogger("fastloop.loop")
-GC_WINDOWS = 500  # between two collections of young garbage, in windows
+GC_WINDOWS = 50  # between two collections of the youngest garbage; of the next older ones ten times as many
 
 
 class Loop(Core):
@@ -178,7 +178,7 @@ class Loop(Core):
         self.model = self._prepared(model, compile, activation_checkpointing)
         self.autocast = modes.autocast(self.precision, self.device)
         update = updater(optimizer, modes.scaler(self.precision, self.device), max_grad_norm, max_grad_value)
-        self._start_core(update, distributed.gradient_sync(self.model))
+        self._start_core(update, distributed.gradient_sync(self.model) if self.ranks.size > 1 else None)
         self._keep_batches = self.run_dir is not None and nonfinite != "skip"
         self._rates = Rates(optimizer, schedule)
 
@@ -189,7 +189,9 @@ class Loop(Core):
         self._signals = Signals()
         self.stop_reason: str | None = None
         self._save_asked = False
-        self._last_metrics: dict[str, float] = {}  # of the evaluation at step _evaluated_at
+        self._last_metrics: dict[str, float] = {}  # of evaluations at step _metrics_at
+        self._metrics_at = -1
+        self._active = False  # windows are being handed out
         self._best: dict[str, float] = {}
         self._evaluated_at = -1
         self._parts = 1
@@ -201,6 +203,8 @@ class Loop(Core):
         self._position = Position()
         store = None
         if self.run_dir is not None:
+            if resume is False:
+                saver.set_aside(self.run_dir / "checkpoints", self.ranks)
             store = Store(
                 self.run_dir / "checkpoints", rank=self.ranks.rank, world_size=self.ranks.size, keep_last=keep_last,
                 keep_best=keep_best, keep_log_spaced=keep_log_spaced, monitors=self.monitors,
@@ -307,7 +311,7 @@ class Loop(Core):
     def _feed_of(self, loader: Any) -> Feed:
         """One feed for a loader, so that a second call goes on in the middle of an epoch."""
         if self._feed is None or self._feed._given is not loader:
-            if self._feed is not None:  # other data: their first epoch begins here
+            if self._feed is not None and self._feed.begun:  # other data: their first epoch begins here
                 self._position, self._between_epochs = Position(self.epoch), True
             self._feed = Feed(loader, self.ranks, self._channels_last, self.seed or 0)
         return self._feed
@@ -315,6 +319,8 @@ class Loop(Core):
     @contextmanager
     def _running(self, feed: Feed, epochs: int | None, max_steps: int | None) -> Iterator[None]:
         """What holds while windows are handed out: signals, logs, progress, no garbage collection in between."""
+        if self._active:
+            raise RuntimeError("[Loop] the loop is running already; leave its other windows() first")
         self.stop_reason = self._window = self._metric_names = None
         self._updating = False
         if self._stopper is not None and self._stopper.stop:  # killed before it could end
@@ -329,6 +335,7 @@ class Loop(Core):
         gc.freeze()
         gc.disable()
         failed = False
+        self._active = True
         try:
             with self._signals:
                 yield
@@ -342,6 +349,7 @@ class Loop(Core):
                 gc.enable()
             with suppress(Exception):  # rows of steps that are done, whatever ended the run
                 self._reporter.take(all_of_them=self.ranks.size == 1, only_ready=self.ranks.size > 1)
+            self._active = False
             self._position = self._boundary_position()  # also where the loop was left in the middle
             feed.close()
             if self._saver.store is not None:
@@ -391,7 +399,7 @@ class Loop(Core):
             self._saver.save(feed.position(), "steps" if due else "best" if self._improved else "asked")
             self._signals.save = self._save_asked = self._improved = False
         if step % GC_WINDOWS == 0:
-            gc.collect(1)
+            gc.collect(1 if step % (10 * GC_WINDOWS) == 0 else 0)
         return self.stop_reason is not None
 
     # ---- after an epoch, and at the end
@@ -416,15 +424,17 @@ class Loop(Core):
     def _finish(self, feed: Feed) -> None:
         """The end of the run, or of this part of it."""
         self._reporter.take(all_of_them=True)
-        stopped = self._signals.stop
         if self.stop_reason in (None, "patience"):
             self._evaluate_now()
             if self.global_step > self._started_at or self._saver.lacks_final():
-                self._saver.save(self._position_now(feed), self.stop_reason or "end", wait=True, folder="final")
+                self._saver.save(self._boundary_position(), self.stop_reason or "end", wait=True, folder="final")
         else:
-            self._saver.save(self._position_now(feed), self.stop_reason, wait=True)
+            self._saver.save(self._boundary_position(), self.stop_reason, wait=True)
+        self._improved = False
         if self.stop_reason is not None:
             logger.info("stopped at step %d: %s", self.global_step, self.stop_reason)
+        stopped = self._signals.stop  # also one that came during the last evaluation and save
+        self._signals.answered = True
         if stopped == signal.SIGINT:
             raise KeyboardInterrupt
         if stopped is not None or self.stop_reason == "a signal":
@@ -464,7 +474,7 @@ class Loop(Core):
         options.run_length(epochs, max_steps)
         options.positive("evaluate_every_steps", evaluate_every_steps)
         if val_loader is not None:
-            self._evaluator = lambda: self.evaluate(val_loader, ema=evaluate_ema)
+            self._evaluator = lambda: self._evaluate(val_loader, evaluate_ema, "val")
             self._evaluate_every = evaluate_every_steps or 0
         elif evaluate_every_steps is not None:
             raise ValueError("[Loop] evaluate_every_steps needs a val_loader")
@@ -530,7 +540,7 @@ class Loop(Core):
         if self._feed is None:
             return self._position
         running = self._feed.begun and self._feed._iterator is not None
-        if not running and self._position.now is not None:
+        if not running and (self._position.now is not None or self._position.skip):
             return self._position
         if self._between_epochs:
             return self._position_now(self._feed)
@@ -553,14 +563,25 @@ class Loop(Core):
             ValueError: no loss_fn, or no batch.
             RuntimeError: ema=True with an optimizer that keeps no averages.
         """
+        values = self._evaluate(loader, ema, name)
+        if self._improved:  # now, while the weights are those that were evaluated
+            self._improved = False
+            self._saver.save(self._boundary_position(), "best", wait=not self._active)
+        return values
+
+    def _evaluate(self, loader: Any, ema: bool, name: str | None) -> dict[str, float]:
         if self.loss_fn is None:
             raise ValueError("[Loop] evaluate needs loss_fn=; pass it to Loop")
+        if self._active and self._feed is not None and self._feed.is_stateful(loader):
+            raise ValueError("[Loop] the loader is being trained on and keeps its place; evaluate on one of its own")
         self._reporter.take(all_of_them=True)
         # The training goes on as if nothing had been evaluated, whatever the loader draws.
         with self._reporter.throughput.paused(), random_state.unmoved(), evaluation.ema_of(self.optimizer, ema):
             values = evaluation.evaluate(
                 self.model, self.loss_fn, loader, self.ranks, self.autocast, self._channels_last
             )
+        if self._feed is not None:
+            set_epoch(self._feed.loader, self._feed.epoch)  # the data set may be the same
         if name is not None:
             self._evaluated({f"{name}/{key}": value for key, value in values.items()})
         for callback in self._on["on_evaluate"]:
@@ -568,11 +589,19 @@ class Loop(Core):
         return values
 
     def _evaluate_now(self) -> None:
-        if self._evaluator is not None and self._evaluated_at != self.global_step:
-            self._evaluator()
+        if self._evaluator is None or self._evaluated_at == self.global_step:
+            return
+        self._evaluated_at = self.global_step
+        self._evaluator()
+        for metric in self.monitors:
+            if metric not in self._last_metrics and metric.partition("/")[0] in ("val", "train", metric):
+                raise ValueError(
+                    f"[Loop] monitor {metric!r} is none of the metrics {sorted(self._last_metrics)}; name one of them"
+                )
 
     def _evaluated(self, values: dict[str, float]) -> None:
-        self._evaluated_at, self._last_metrics = self.global_step, values
+        earlier = self._last_metrics if self._metrics_at == self.global_step else {}
+        self._metrics_at, self._last_metrics = self.global_step, {**earlier, **values}
         self._reporter.write({"step": self.global_step, "epoch": self.epoch, **values})
         for i, (metric, mode) in enumerate(self.monitors.items()):
             if metric not in values:
@@ -596,19 +625,24 @@ class Loop(Core):
         """Save now, and wait until it is written. Every rank calls it, between two windows.
 
         Args:
-            path: a new folder; None for the run's own folder of checkpoints.
+            path: a new folder, or a checkpoint to be replaced; None for the run's own folder of checkpoints.
             weights_only: the model's weights alone, which is what inference needs; not resumable.
 
         Raises:
             ValueError: no path and no run_dir.
+            FileExistsError: there is something else at the path.
             OSError: why it could not be written.
         """
         store, name = self._saver.store, None
         if path is not None:
             target = Path(path)
+            if target.exists() and not (target / "manifest.json").is_file() and not _is_empty(target):
+                raise FileExistsError(
+                    f"[Loop] save() to {target} would replace what is no checkpoint; pass a new folder"
+                )
             name, store = (
                 target.name,
-                Store(target.parent, rank=self.ranks.rank, world_size=self.ranks.size, keep_last=None),
+                Store(target.parent, rank=self.ranks.rank, world_size=self.ranks.size, keep_last=None, owner=False),
             )
         if store is None:
             raise ValueError("[Loop] save() needs a path, since the loop has no run_dir")
@@ -622,7 +656,13 @@ class Loop(Core):
             FileNotFoundError, CheckpointError: it is not there, or damaged.
             RuntimeError: it is of another model or optimizer.
         """
-        store = self._saver.store or Store(Path(path).parent, rank=self.ranks.rank, world_size=self.ranks.size)
+        if self._active:
+            raise RuntimeError(
+                "[Loop] load() while windows are handed out would move the weights and not the data; end the run first"
+            )
+        store = self._saver.store or Store(
+            Path(path).parent, rank=self.ranks.rank, world_size=self.ranks.size, owner=False
+        )
         found = saver.find(self, store, os.fspath(path))
         assert found is not None
         self._restore(found)
@@ -630,8 +670,12 @@ class Loop(Core):
     def _restore(self, checkpoint: Any) -> None:
         self._reporter.take(all_of_them=True)  # of the run before
         self._position = saver.restore(self, checkpoint)
+        self._continue(f"goes on from {checkpoint.path}, step {self.global_step}")
+
+    def _continue(self, news: str) -> None:
+        """State and position are loaded: the next run goes on from them."""
         self._feed, self._between_epochs = None, self._position.start is None and not self._position.skip
-        self._reporter.resumed(self.global_step, f"goes on from {checkpoint.path}, step {self.global_step}")
+        self._reporter.resumed(self.global_step, news)
         self._saver.last_step = self.global_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -654,7 +698,7 @@ class Loop(Core):
         self.optimizer.load_state_dict(state["optimizer"])
         self._load_progress(state["loop"])
         self._position = Position(**state["loop"]["position"])
-        self._feed, self._between_epochs = None, self._position.start is None
+        self._continue(f"goes on from a state_dict, step {self.global_step}")
 
     def _progress_state(self) -> dict[str, Any]:
         """The same on every rank."""
@@ -670,6 +714,7 @@ class Loop(Core):
             "stopper": None if self._stopper is None else self._stopper.state_dict(),
             "best": dict(self._best),
             "evaluated_at": self._evaluated_at,
+            "metrics_at": self._metrics_at,
             "last_metrics": dict(self._last_metrics),
             "seed": self.seed,
             "parts": self._parts,
@@ -686,9 +731,13 @@ class Loop(Core):
         if self._stopper is not None and state["stopper"]:
             self._stopper.load_state_dict(state["stopper"])
         self._best, self._evaluated_at = dict(state["best"]), state["evaluated_at"]
-        self._last_metrics = dict(state["last_metrics"])
+        self._last_metrics, self._metrics_at = dict(state["last_metrics"]), state["metrics_at"]
         self._parts = state["parts"]
         self.seed = self.seed if self.seed is not None else state["seed"]
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _train_window(loop: Loop, window: Window) -> None:

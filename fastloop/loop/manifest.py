@@ -34,6 +34,10 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20  # bytes; the manifest of 10 000 processes has 4 MB
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
 FILE_NAME = re.compile(r"(ranks/)?[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
+PART_NAME = re.compile(  # of a folder being written or deleted; a document is any .json
+    r"rank-[0-9]{5,}\.safetensors|[A-Za-z0-9_][A-Za-z0-9_.=+-]*\.json"
+    r"|ranks/rank-[0-9]{5,}\.(json|safetensors|part|done|failed)"
+)
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str, "number": int, "step": int, "reason": str, "time": (int, float), "size": int, "metrics": dict,
     "versions": dict, "world_size": int, "session": str, "info": dict, "forms": dict, "files": dict,
@@ -362,6 +366,21 @@ def _form_of(target: Tensor) -> Tensor:
     stride = torch.empty(shape, device="meta").stride()
     mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
     return DTensor.from_local(form, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def holds_checkpoint_files(path: Path) -> bool:
+    """Whether a folder holds nothing but files of a checkpoint, written or deleted by half: it may be empty."""
+    try:
+        for entry in path.iterdir():
+            if entry.name == "ranks" and stat.S_ISDIR(entry.lstat().st_mode):
+                inner = [(f"ranks/{file.name}", file.lstat()) for file in entry.iterdir()]
+            else:
+                inner = [(entry.name, entry.lstat())]
+            if not all(PART_NAME.fullmatch(name) and stat.S_ISREG(status.st_mode) for name, status in inner):
+                return False
+    except OSError:  # not ours to read, or being removed
+        return False
+    return True
 
 
 def folders(folder: Path) -> Iterator[Path]:

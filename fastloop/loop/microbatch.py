@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def _begin_anew(loop: Loop, window: Window) -> None:
     loop._clear_gradients()
     loop._parts *= 2
     logger.warning("out of memory: micro-batches in %d parts from here on", loop._parts)
+    gc.collect()  # it is off while windows are handed out
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -36,6 +36,7 @@ class Rates:
         self._scheduler: LRScheduler | None = None
         self._plateau: ReduceLROnPlateau | None = None
         self._factor: Callable[[int], float] | None = None
+        self._schedule: Callable[[int], float] | None = None  # as it was given
         self._bases: list[float] = []
         self._value = math.nan
         if isinstance(schedule, (str, Mapping)):
@@ -53,7 +54,7 @@ class Rates:
                 raise TypeError(f"[Loop] schedule is the class {name}; pass {name}(optimizer, ...)")
             if schedule is getattr(schedules, name, None):
                 raise TypeError(f"[Loop] schedule is what makes a schedule; pass fastloop.schedules.{name}(...)")
-            self._factor = schedule
+            self._factor = self._schedule = schedule
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
         elif schedule is not None:
@@ -64,8 +65,8 @@ class Rates:
 
     def begin(self, step: int, total_steps: int | None) -> None:
         """Before the first window: fill in the training's length, set the rate of window `step`."""
-        if isinstance(self._factor, Schedule):
-            self._factor = self._factor.resolved(total_steps)
+        if isinstance(self._schedule, Schedule):
+            self._factor = self._schedule.resolved(total_steps)  # anew: a later call may train longer
         self._bases = []
         if self._factor is not None:
             factor = self._factor(step)

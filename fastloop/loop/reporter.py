@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from fastloop.loop.core import Window
@@ -158,14 +160,22 @@ class Reporter:
         for name, value in row.items():
             if name in ("grad_norm", "lr") or ("/" in name and not name.startswith(MACHINE)):
                 self.history.setdefault(name, []).append((row["step"], value))
-        was_open = self._open
-        self.open()
-        self._loggers.log(row)
-        self._rows += 1
-        if not was_open:
-            self.close()
+        if self._open:
+            self._loggers.log(row)
+            self._rows += 1
+        else:
+            self._append(row)
         for callback in self._loop._on["on_log"]:
             callback(self._loop, row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """A row outside of a run: what later steps have logged stays. A new run's first row makes the files anew."""
+        new = self._resumed_step is None
+        self._loggers.open(self._loop.run_dir, None if new else sys.maxsize)
+        self._loggers.log(row)
+        self._loggers.close()
+        if new:
+            self._resumed_step, self._rows = self._loop.global_step, self._rows + 1
 
     def _not_finite(self, record: Record, loss: float) -> None:
         loop = self._loop
@@ -188,7 +198,8 @@ class Reporter:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: a resumed run's rows are those of a run that was never interrupted, but for times."""
-        history = {name: [list(point) for point in points] for name, points in self.history.items()}
+        # As arrays: a long run has millions of numbers, and they are packed while the training waits.
+        history = {name: numpy.asarray(points, dtype=numpy.float64) for name, points in self.history.items()}
         return {
             "ledger": self.ledger.state_dict(),
             "history": history,
@@ -200,7 +211,9 @@ class Reporter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.ledger.load_state_dict(state["ledger"])
-        self.history = {name: [(step, value) for step, value in points] for name, points in state["history"].items()}
+        self.history = {
+            name: [(int(step), value) for step, value in points.tolist()] for name, points in state["history"].items()
+        }
         self.spikes.load_state_dict(state["spikes"])
         self.overflows, self._overflowed = state["overflows"]
         self._rows = state["rows"]

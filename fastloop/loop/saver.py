@@ -19,7 +19,7 @@ from fastloop.loop import documents, random_state, state
 from fastloop.loop.checkpoint import Store
 from fastloop.loop.data import Position
 from fastloop.loop.manifest import Checkpoint
-from fastloop.loop.strategy import unwrapped
+from fastloop.loop.strategy import Ranks, unwrapped
 
 if TYPE_CHECKING:
     from fastloop.loop.loop import Loop
@@ -84,7 +84,7 @@ class Saver:
         path = self.store.save(
             f"{folder}-{loop.global_step:09d}",
             step=loop.global_step,
-            metrics=loop._last_metrics if loop._evaluated_at == loop.global_step else {},
+            metrics=loop._last_metrics if loop._metrics_at == loop.global_step else {},
             reason=reason,
             wait=wait,
             info=self._info(),
@@ -105,7 +105,7 @@ class Saver:
         path = store.save(
             name or f"{'weights' if weights_only else 'step'}-{loop.global_step:09d}",
             step=loop.global_step,
-            metrics=loop._last_metrics if loop._evaluated_at == loop.global_step else {},
+            metrics=loop._last_metrics if loop._metrics_at == loop.global_step else {},
             reason="weights" if weights_only else "asked",
             wait=True,
             info=self._info(),
@@ -168,17 +168,30 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> Position:
     model = unwrapped(loop.model)
     everything = state.unpacked(checkpoint, "loop", "loop")
     check_version(everything)
+    world, rank = checkpoint.manifest["world_size"], loop.ranks.rank
+    position = _position(checkpoint, rank if world == loop.ranks.size else 0)
+    if world != loop.ranks.size:  # before anything is loaded: it may not be possible
+        position.world = world
+        position = position.for_ranks(loop.ranks.size)
+        position.world = world
     state.load_model(model, checkpoint, everything["model"])
     state.load_optimizer(model, loop.optimizer, checkpoint, everything["optimizer"])
     loop._load_progress(everything)
-    world, rank = checkpoint.manifest["world_size"], loop.ranks.rank
     if world == loop.ranks.size:
-        return _position(checkpoint, rank)
-    position = _position(checkpoint, 0).for_ranks(loop.ranks.size)
-    position.world = world
+        return position
     logger.info("%s was made by %d ranks and goes on with %d", checkpoint.path, world, loop.ranks.size)
     random_state.seed_everything((loop.seed or 0) ^ loop.global_step, rank)  # no rank's own states would be right
     return position
+
+
+def set_aside(folder: Path, ranks: Ranks) -> None:
+    """Checkpoints of an earlier run in the same folder stay, under another name: they are no part of this run."""
+    if ranks.rank == 0 and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+stem, number = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}", 1
+        while (aside := folder.with_name(f"{stem}-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    ranks.barrier()
 
 
 def check_version(state: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -20,19 +21,23 @@ class Signals:
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
         self.save = False
+        self.answered = False  # the run has ended for it
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
-        self.stop, self.save = None, False
+        self.stop, self.save, self.answered = None, False, False
         if threading.current_thread() is threading.main_thread():
             for number in (*SAVE_AND_STOP, *SAVE):
                 self._earlier[number] = signal.signal(number, self._received)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier = {}
+        if self.stop is not None and not self.answered and kind in (None, GeneratorExit):
+            # The loop was left before it could answer. Python ignores what is raised while a generator is closed.
+            threading.Timer(0.02, os.kill, (os.getpid(), self.stop)).start()
 
     def _received(self, number: int, frame: Any) -> None:
         del frame

@@ -62,7 +62,10 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, rest: Mapping[str, Any]
             problems.append(f"{name}: not in the checkpoint")
     problems += [f"{name}: not in the model" for name in stored if name not in own]
     if problems:
-        raise RuntimeError(f"[Loop] {checkpoint.path} is of another model:\n  " + "\n  ".join(sorted(problems)))
+        raise RuntimeError(
+            f"[Loop] {checkpoint.path} is of another model; pass resume=False or another run_dir, or make the model "
+            "that was saved:\n  " + "\n  ".join(sorted(problems))
+        )
     checkpoint.load(targets)
     with torch.no_grad():
         for name, source in rest["shared"].items():

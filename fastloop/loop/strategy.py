@@ -90,6 +90,8 @@ def start(strategy: str | None, device: torch.device | None, model: nn.Module) -
     started = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
     chosen = torch.device(device) if device is not None else _own_device(model)
+    if chosen.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"[Loop] trains on a CPU or on CUDA, got a model on {chosen}; move it, or pass device=")
     if chosen.type == "cuda":
         if chosen.index is None:
             chosen = torch.device("cuda", _local_gpu())
@@ -138,9 +140,7 @@ def _local_gpu() -> int:
     return int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) % max(1, torch.cuda.device_count())
 
 
-def spread(
-    strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, static_graph: bool = False
-) -> nn.Module:
+def spread(strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> nn.Module:
     """The module to call: the model itself, DDP around it, or the model with its parameters sharded in place.
 
     Raises:
@@ -149,12 +149,12 @@ def spread(
     if isinstance(model, DistributedDataParallel):
         return model
     if strategy == "ddp" and ranks.size > 1:
+        _check_owned(strategy, model, optimizer)
         on_gpu = ranks.device.type == "cuda"
         wrapped = DistributedDataParallel(
             model,
             device_ids=[ranks.device] if on_gpu else None,
             gradient_as_bucket_view=True,
-            static_graph=static_graph,
         )
         model.register_forward_pre_hook(_refuse_calls_past(wrapped))
         return wrapped
@@ -181,6 +181,19 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def _check_owned(strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Names of the model's parameters by id; raises if the optimizer has others, which no rank would hear of."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    missing = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in names]
+    if missing:
+        raise RuntimeError(
+            f"[Loop] {strategy} spreads the model, and the optimizer has {len(missing)} parameters that are not the "
+            f"model's, the first of shape {tuple(missing[0].shape)}: ranks would train them apart; give it "
+            "model.parameters(), and make a criterion with parameters a part of the model"
+        )
+    return names
+
+
 def _shard(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """FSDP2: each repeated block is a unit, and what is left another; then the optimizer gets the new parameters."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -191,13 +204,7 @@ def _shard(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> 
             "[Loop] fsdp2 replaces the parameters, and the optimizer has state for the old ones; make the Loop before "
             "the first step, and let it load the checkpoint"
         )
-    names = {id(p): name for name, p in model.named_parameters()}
-    missing = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in names]
-    if missing:
-        raise RuntimeError(
-            f"[Loop] fsdp2 replaces the model's parameters, and the optimizer has {len(missing)} that are not the "
-            f"model's, the first of shape {tuple(missing[0].shape)}; give it model.parameters()"
-        )
+    names = _check_owned("fsdp2", model, optimizer)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in repeated_blocks(model):
         fully_shard(block, mesh=mesh)

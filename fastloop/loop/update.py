@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastloop.amp import GradScaler
-from fastloop.clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from fastloop.clip import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from fastloop.ops.plan import local_shard
 from fastloop.optim.base import FusedOptimizer
 
@@ -209,4 +209,4 @@ def _divide(grads: list[Tensor], scale: Scalar) -> None:
                     grad.copy_(grad.to(torch.float32) * there.to(torch.float32))
 
 
-__all__ = ["OurUpdate", "TorchUpdate", "clip_grad_norm_", "updater"]
+__all__ = ["OurUpdate", "TorchUpdate", "updater"]

@@ -363,12 +363,42 @@ def test_find(run, tmp_path, monkeypatch):
         assert run.find(which).name == name, which
     monkeypatch.chdir(tmp_path)
     assert run.find("run").name == "final-000000030"
-    for nothing in ("step-000000040", "best:val/other", tmp_path):
+    for nothing in ("step-000000040", "best:val/other:min", tmp_path):
         with pytest.raises(FileNotFoundError, match="step-000000030"):
             run.find(nothing)
     with pytest.raises(ValueError, match="no metric is monitored"):
         Store(folder).best()
     assert run.newest(lambda c: c.name.startswith("step-")).step == 30
+
+
+def test_best_by_a_metric_that_is_not_monitored_needs_its_mode(run):
+    reader = Store(run.folder, owner=False, monitors={"val/loss": "min", "f1:max": "max"})
+    for ask in (reader.best, lambda metric: reader.find(f"best:{metric}")):
+        with pytest.raises(ValueError, match=r"'val/acc' is not monitored, only 'val/loss', 'f1:max'; .*:val/acc:max"):
+            ask("val/acc")
+    with pytest.raises(ValueError, match="nothing is; say"):
+        Store(run.folder, owner=False).best("val/acc")
+    with pytest.raises(ValueError, match='"min" or "max"'):
+        reader.best("val/acc", mode="most")
+    assert reader.find("best:val/acc:max").step == reader.best("val/acc", mode="max").step == 10
+    assert reader.find("best:val/acc:min").step == reader.best("val/acc", mode="min").step == 20
+    assert reader.find("best:val/loss").step == 20
+    assert reader.find("best:val/loss:max").step == 10
+    assert reader.best("f1:max") is None  # a metric's name that ends so
+
+
+def test_who_does_not_own_the_folder_makes_and_deletes_nothing(tmp_path):
+    folder = tmp_path / "not" / "yet"
+    store = Store(folder, owner=False, keep_last=1)
+    assert store.newest() is None
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        store.find("latest")
+    assert names(tmp_path) == []
+    for step in (1, 2):
+        save(store, step)
+    store.close()
+    assert names(folder) == ["step-000000001", "step-000000002"]
+    assert Store(folder, owner=False).newest().step == 2
 
 
 def test_the_newest_is_the_one_saved_last(tmp_path):

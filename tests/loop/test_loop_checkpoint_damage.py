@@ -446,6 +446,75 @@ def test_leftovers_of_the_living_stay(store, monkeypatch):
     assert names(store.folder) == before
 
 
+def test_leftovers_are_left_to_the_owner(store, monkeypatch):
+    leftover(store, monkeypatch, "whole")
+    del store._session
+    before = names(store.folder)
+    assert Store(store.folder, owner=False).newest().step == 2
+    assert names(store.folder) == before
+
+
+WORD = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".tmp-photos-summer-2024", "rank-00000.safetensors"),  # a word that is none of ours
+        (".del-photos-summer-2024", "photo.jpg"),
+        (".tmp-a-0123456789ABCDEF-1", "rank-00000.safetensors"),
+        (f".tmp-a-{WORD}0-1", "rank-00000.safetensors"),
+        (f".tmp-.a-{WORD}-1", "rank-00000.safetensors"),
+        (f".del-a-{WORD}-1-replaced", "rank-00000.safetensors"),
+        (f".tmp-a-{WORD}-1", "photo.jpg"),  # our name, not our files
+        (f".tmp-a-{WORD}-1", "ranks/photo.jpg"),
+        (f".tmp-a-{WORD}-1", "photos/rank-00000.safetensors"),
+        (f".tmp-a-{WORD}-1", None),  # no folder
+        (f".lock-{WORD}", None),  # not empty
+        (f".failed-{WORD}-1", None),
+        (".lock-0123", None),
+    ],
+)
+def test_what_others_put_into_the_folder_stays(tmp_path, name, content):
+    path = tmp_path / name / (content or "")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    (tmp_path / ".tmp-photos-summer-2024").mkdir(exist_ok=True)
+    (tmp_path / f".tmp-link-{WORD}-1").symlink_to(tmp_path / ".tmp-photos-summer-2024")
+    save(Store(tmp_path), 1)
+    assert path.read_text() == "mine"
+    assert (tmp_path / f".tmp-link-{WORD}-1").is_symlink()
+
+
+@pytest.mark.parametrize("content", [(), ("ranks/",), FILES, ("rank-00001.safetensors", "ranks/rank-00001.part")])
+def test_a_checkpoint_by_half_is_ours_without_its_lock(tmp_path, content):
+    for name in (f".tmp-a-b-{WORD}-12", f".tmp-a-{WORD}-3-replaced", f".del-a-{WORD}-3"):
+        (tmp_path / name / "ranks").mkdir(parents=True)
+        for file in content:
+            if not file.endswith("/"):
+                (tmp_path / name / file).touch()
+        if not content:
+            (tmp_path / name / "ranks").rmdir()
+    (tmp_path / f".failed-{WORD}-1").touch()
+    Store(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_whatever_its_lock_is_beside_is_ours(tmp_path):
+    (tmp_path / f".tmp-a-{WORD}-1" / ".nfs0001").mkdir(parents=True)
+    (tmp_path / f".lock-{WORD}").touch()
+    Store(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_a_session_given_by_name_are_known(tmp_path, monkeypatch):
+    store = Store(tmp_path, session="job42")
+    leftover(store, monkeypatch, "whole")
+    del store._session
+    assert Store(tmp_path).newest().step == 5
+    assert names(tmp_path) == ["step-000000005"]
+
+
 def test_without_file_locks_leftovers_go_by_their_age(store, monkeypatch):
     leftover(store, monkeypatch, "half")
     monkeypatch.setattr(leftovers, "fcntl", None)

@@ -224,3 +224,51 @@ def test_a_signal_to_some_ranks(number, asked, tmp_path):
     else:
         assert codes == [0, 0]
         assert sorted(c.manifest["reason"] for c in found)[:2] == ["asked", "end"]
+
+
+class DiesOnce(torch.utils.data.Dataset):
+    """A data set whose worker dies at one sample, as long as a file is not there."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        if index == 17 and not self.mark.exists():
+            self.mark.touch()
+            os._exit(1)
+        return torch.full((4,), float(index)), index % 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies(tmp_path):
+    """The run ends with DataLoader's error, and is saved; started again it ends as one without the death."""
+    ends = []
+    for folder, dies in (("whole", False), ("died", True)):
+        mark = tmp_path / f"{folder}.mark"
+        if not dies:
+            mark.touch()
+        for attempt in range(1 + dies):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+            optimizer = fastloop.AdamW(model.parameters(), lr=0.01)
+            loop = fastloop.Loop(
+                model,
+                optimizer,
+                nn.CrossEntropyLoss(),
+                run_dir=tmp_path / folder,
+                seed=1,
+                save_every_steps=1,
+                curves=False,
+            )
+            loader = torch.utils.data.DataLoader(DiesOnce(mark), batch_size=2, num_workers=2)
+            if dies and attempt == 0:
+                with pytest.raises(RuntimeError, match="DataLoader worker"):
+                    loop.fit(loader, epochs=2)
+                assert 0 < loop.global_step < 12
+            else:
+                loop.fit(loader, epochs=2)
+        ends.append(list(model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
