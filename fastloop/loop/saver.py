@@ -187,7 +187,7 @@ def restore(loop: Loop, checkpoint: Checkpoint) -> Position:
 def set_aside(folder: Path, ranks: Ranks) -> None:
     """Checkpoints of an earlier run in the same folder stay, under another name: they are no part of this run."""
     if ranks.rank == 0 and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-stem, number = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}", 1
+        stem, number = f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}", 1
         while (aside := folder.with_name(f"{stem}-{number}")).exists():
             number += 1
         folder.rename(aside)
