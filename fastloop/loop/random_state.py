@@ -76,6 +76,6 @@ def make_deterministic() -> None:
                 "the environment, or make the Loop before the model moves to the GPU"
             )
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)  # cuDNN's too
+    if torch.backends.cudnn.benchmark:  # may choose another algorithm in each run
+        torch.backends.cudnn.benchmark = False

@@ -655,8 +655,6 @@ def test_seed_seeds_everything() -> None:
 
 
 def test_deterministic_fails_where_it_cannot_hold() -> None:
-    flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return torch.nn.functional.max_unpool1d(
             model(batch[0]).reshape(1, 1, -1), torch.zeros(1, 1, 12, dtype=torch.int64), 2
@@ -665,11 +663,11 @@ def test_deterministic_fails_where_it_cannot_hold() -> None:
     try:
         loop = looped(loss_fn, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
         with pytest.raises(RuntimeError, match=r"does not have a deterministic implementation"):
             loop.fit(DATA, epochs=1)
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
 
 
 def test_state_dict_goes_on_in_another_loop() -> None:
