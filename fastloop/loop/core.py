@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fastloop.loop.backward import Backward
 from fastloop.loop.data import END, Feed, Position, first_tensor, samples_in
 from fastloop.loop.strategy import Ranks
-from fastloop.loop.update import OurUpdate, Scalar, TorchUpdate
+from fastloop.loop.update import OurUpdate, Scalar, TorchUpdate, weighted
 
 TAKEN = object()  # in the place of a window's first batch
 
@@ -274,7 +274,7 @@ class Core:
             else:
                 number = float(value)
             if i > 0 or reduction == "mean" or window._padding:
-                number = _weighted(number, weight)
+                number = weighted(number, weight)
             if window.losses == 0:
                 window.sums.append(number)
             else:
@@ -364,13 +364,6 @@ class Core:
         pinned = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=True)
         moved = iter(pinned.to(device, non_blocking=True).unbind())
         return list(self.ranks.sum(torch.stack([v if isinstance(v, Tensor) else next(moved) for v in values])).unbind())
-
-
-def _weighted(number: Scalar, weight: Scalar) -> Scalar:
-    """number * weight, and 0 for a weight of 0: a mean over nothing is NaN."""
-    if isinstance(weight, float):
-        return number * weight if weight else 0.0
-    return torch.where(weight == 0, 0.0, number * weight)
 
 
 def _without_zero(scale: Scalar) -> tuple[Scalar, Scalar | bool]:

@@ -324,17 +324,18 @@ class Feed:
 
     def full_length(self) -> int | None:
         """Batches of a whole epoch on this rank, None where the loader does not know."""
-        try:
-            return len(self.loader)
-        except (TypeError, NotImplementedError):
-            return None
+        return _length(self.loader)
 
     def length(self) -> int | None:
         """Batches of the present epoch on this rank, None where the loader does not know."""
-        try:
-            return len(self._current)
-        except (TypeError, NotImplementedError):
-            return None
+        return _length(self._current)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 class _Once:

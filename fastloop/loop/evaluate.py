@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastloop.loop.data import END, Feed, Position, distributed_sampler, samples_in, sliced
 from fastloop.loop.strategy import Ranks, unwrapped
+from fastloop.loop.update import weighted
 from fastloop.optim.base import FusedOptimizer
 
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -92,13 +93,6 @@ def parts(result: Any, default_weight: float) -> tuple[Tensor, Mapping[str, Any]
         "[Loop] loss_fn(model, batch) must return loss, (loss, metrics) or (loss, metrics, weight) with a loss tensor "
         f"and metrics by name, got {type(result).__name__}"
     )
-
-
-def weighted(value: float | Tensor, weight: float | Tensor) -> float | Tensor:
-    """value * weight, and 0 for a weight of 0: a mean over nothing is NaN."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, 0.0, value * weight)
-    return value * weight if weight else 0.0
 
 
 def evaluate(

@@ -83,9 +83,6 @@ class Ledger:
 
     weight: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    windows: int = 0
-    samples: int = 0
-    tokens: int = 0
     grad_norm: float = math.nan
     skipped: int = 0  # windows, in the whole run
 
@@ -95,9 +92,6 @@ class Ledger:
         self.weight += values[0]
         for name, value in zip(("loss", *names), values[1:], strict=False):
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.windows += 1
-        self.samples += record.samples
-        self.tokens += record.tokens
         self.grad_norm = values[-2]
         if values[-1]:
             self.skipped += 1
@@ -108,7 +102,7 @@ class Ledger:
         row = {f"train/{name}": value / weight for name, value in self.sums.items()}
         row["grad_norm"] = self.grad_norm
         row["skipped"] = self.skipped
-        self.weight, self.sums, self.windows, self.samples, self.tokens = 0.0, {}, 0, 0, 0
+        self.weight, self.sums = 0.0, {}
         return row
 
     def state_dict(self) -> dict[str, Any]:

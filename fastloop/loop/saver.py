@@ -81,15 +81,8 @@ class Saver:
         self.last_step = loop.global_step
         self._last_time = time.monotonic()
         loop._reporter.sync()
-        path = self.store.save(
-            f"{folder}-{loop.global_step:09d}",
-            step=loop.global_step,
-            metrics=loop._last_metrics if loop._metrics_at == loop.global_step else {},
-            reason=reason,
-            wait=wait,
-            info=self._info(),
-            **contents(loop, position),
-        )
+        name = f"{folder}-{loop.global_step:09d}"
+        path = self._hand_over(self.store, name, contents(loop, position), reason, wait)
         for callback in loop._on["on_save"]:
             callback(loop, path)
         return path
@@ -102,19 +95,24 @@ class Saver:
             parts = {"tensors": tensors, "documents": {"loop": documents.pack({"model": rest}, "loop", tensors)}}
         else:
             parts = contents(loop, position)
-        path = store.save(
-            name or f"{'weights' if weights_only else 'step'}-{loop.global_step:09d}",
-            step=loop.global_step,
-            metrics=loop._last_metrics if loop._metrics_at == loop.global_step else {},
-            reason="weights" if weights_only else "asked",
-            wait=True,
-            info=self._info(),
-            **parts,
-        )
+        name = name or f"{'weights' if weights_only else 'step'}-{loop.global_step:09d}"
+        path = self._hand_over(store, name, parts, "weights" if weights_only else "asked", wait=True)
         loop.ranks.barrier()
         return path
 
-    def _info(self) -> dict[str, Any]:
+    def _hand_over(self, store: Store, name: str, parts: dict[str, Any], reason: str, wait: bool) -> Path:
+        loop = self._loop
+        return store.save(
+            name,
+            step=loop.global_step,
+            metrics=loop._last_metrics if loop._metrics_at == loop.global_step else {},
+            reason=reason,
+            wait=wait,
+            info=self._info(tied=parts["documents"]["loop"]["model"]["shared"]),
+            **parts,
+        )
+
+    def _info(self, tied: dict[str, str]) -> dict[str, Any]:
         loop = self._loop
         model = unwrapped(loop.model)
         config: Any = getattr(model, "config", None)
@@ -132,7 +130,7 @@ class Saver:
             "numpy": numpy.__version__,
             "fastloop": __version__,
             "inside_window": loop._window is not None,
-            "tied": state.shared_names(model),
+            "tied": tied,
         }
 
 

@@ -35,11 +35,6 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"shared": shared, "extra": extra}
 
 
-def shared_names(model: nn.Module) -> dict[str, str]:
-    """Names in the state_dict that share the memory of an earlier one, and that one."""
-    return model_tensors(model)[1]["shared"]  # type: ignore[no-any-return]
-
-
 def load_model(model: nn.Module, checkpoint: Checkpoint, rest: Mapping[str, Any]) -> None:
     """Copy the checkpoint's weights into the model, in place.
 

@@ -18,6 +18,13 @@ from fastloop.optim.base import FusedOptimizer
 Scalar = float | Tensor
 
 
+def weighted(value: Scalar, weight: Scalar) -> Scalar:
+    """value * weight, and 0 for a weight of 0: a mean over nothing is NaN."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, value * weight)
+    return value * weight if weight else 0.0
+
+
 def updater(
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler | None,
@@ -209,4 +216,4 @@ def _divide(grads: list[Tensor], scale: Scalar) -> None:
                     grad.copy_(grad.to(torch.float32) * there.to(torch.float32))
 
 
-__all__ = ["OurUpdate", "TorchUpdate", "updater"]
+__all__ = ["OurUpdate", "TorchUpdate", "updater", "weighted"]

@@ -10,7 +10,7 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import OPTIMIZERS, batches, cross_entropy, network
+from by_hand import OPTIMIZERS, Mean, batches, cross_entropy, network
 from support import bits
 from tolerances import unit_roundoff
 from torch import Tensor, nn
@@ -166,20 +166,6 @@ def test_a_scheduler_of_torch_goes_on_after_a_resume(name: str, tmp_path: Any) -
 # ---- the gradient is that of one large batch, whatever the sizes and weights
 
 
-class Mean(nn.Module):
-    """The gradient of mean(x @ w) by w is the mean of the rows of x: a sum whose rounding errors are bounded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(FEATURES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
-
-
-FEATURES = 5
-
-
 def mean_bound(rows: Tensor, windows: int = 1) -> Tensor:
     """Of the mean of n rows summed in any order, in fp32: n - 1 additions, and a few products by weights and factors.
 
@@ -197,7 +183,7 @@ def mean_bound(rows: Tensor, windows: int = 1) -> Tensor:
 def test_one_big_batch(accumulation: int, sizes: list[int], optimizer: Any) -> None:
     """Also of the last window, which is shorter: Lightning#19987 divided it by the full length."""
     made = torch.Generator().manual_seed(0)
-    data = [(torch.randn(n, FEATURES, generator=made),) for n in sizes]
+    data = [(torch.randn(n, Mean.FEATURES, generator=made),) for n in sizes]
     model = Mean()
     loop = Loop(model, optimizer(model.parameters(), lr=1.0), accumulation_steps=accumulation)
     rows = by_hand.windows_of(data, accumulation)
@@ -218,7 +204,7 @@ def test_one_big_batch(accumulation: int, sizes: list[int], optimizer: Any) -> N
 def test_token_weights_make_one_big_batch(reduction: str, as_tensor: bool) -> None:
     """The weight is the count of the tokens that are no padding, and some batches have none."""
     made = torch.Generator().manual_seed(0)
-    rows = [torch.randn(6, FEATURES, generator=made) for _ in range(4)]
+    rows = [torch.randn(6, Mean.FEATURES, generator=made) for _ in range(4)]
     counts = [6, 1, 0, 4]
     model = Mean()
     loop = Loop(model, fastloop.SGD(model.parameters(), lr=1.0), accumulation_steps=4)

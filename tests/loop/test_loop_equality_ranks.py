@@ -9,31 +9,20 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from by_hand import Mean
 from tolerances import unit_roundoff
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastloop
 from fastloop import Loop
 
-FEATURES = 5
 # micro-batches of each rank; the second runs out early, which must cost neither a wrong mean nor a hang
 SIZES = {"equal": ([4, 4, 4, 4], [4, 4, 4, 4]), "uneven": ([4, 1, 7, 3, 2], [2, 5, 1])}
 
 
-class Mean(nn.Module):
-    """The gradient of mean(x @ w) by w is the mean of the rows of x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(FEATURES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
-
-
 def data_of(rank: int, sizes: str) -> list[Tensor]:
     made = torch.Generator().manual_seed(rank)
-    return [torch.randn(n, FEATURES, generator=made) for n in SIZES[sizes][rank]]
+    return [torch.randn(n, Mean.FEATURES, generator=made) for n in SIZES[sizes][rank]]
 
 
 def gradients(rank: int, strategy: str, sizes: str, accumulation: int, optimizer: str) -> dict[str, Any]:
