@@ -47,8 +47,8 @@ emulated: $(VENV)/.installed  ## the CUDA sources as C++, for tests on a machine
 bench: build  ## the benchmark: clip + step of real models, and a real training, against torch
 	$(PY) -m fastloop.bench $(ARGS)
 
-perf-guard: build  ## what must never get worse and does not depend on the machine's mood
-	$(PY) -m fastloop.bench guard
+perf-guard: build emulated  ## what must not get worse: counts, ratios; BASE=HEAD~1 compares the times of two revisions
+	$(PY) -m fastloop.bench ci $(if $(BASE),--base $(BASE)) $(ARGS)
 
 aot: build  ## the GPU kernels' machine code, against benchmarks/aot-golden.json
 	$(PY) -m fastloop.bench aot --check

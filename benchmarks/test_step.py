@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of `python -m fastloop.bench`, driven by pytest-benchmark: `pytest --benchmark-only benchmarks`.
 
-pytest-benchmark times here. Its numbers are milliseconds of one contender: they show where time goes and are not
-compared across contenders or runs; for that there are the paired ratios of `python -m fastloop.bench run`.
+pytest-benchmark times here. Its numbers are milliseconds of one contender: they show where time goes. `compare A.json
+B.json` judges two such files as far as unpaired times can be; `run` and `ab` take paired ratios.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from fastloop.bench.contenders import CONTENDERS
 
 _PAIRS = [
     pytest.param(case, name, id=f"{case.name}-{name}") for case in cases.CASES for name in (case.ours, *case.peers)
+] + [
+    pytest.param(cases.CONTROL, cases.CONTROL.ours, id="control"),  # what `compare` needs to judge by
 ]
 
 
@@ -36,4 +38,5 @@ def test_step(case: cases.Case, name: str, benchmark: Any) -> None:
         raise
     benchmark.group = case.name
     benchmark.extra_info["bytes"] = case.traffic.bytes
+    benchmark.extra_info["control"] = case is cases.CONTROL
     benchmark(built.stepper.step)

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         training = _training(_config(given), given.resume)
+        training.check()
     except (ConfigError, RuntimeError, FileNotFoundError) as error:
         if not str(error).startswith("["):  # not one of ours: the target's, with its traceback
             raise

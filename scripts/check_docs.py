@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 EXECUTED = {
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("loop.md", "checkpoints.md", "distributed.md")),
+    *(ROOT / "docs" / name for name in ("loop.md", "checkpoints.md", "distributed.md", "tuning.md")),
     *ROOT.glob("docs/from-*.md"),
 }
 

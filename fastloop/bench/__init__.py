@@ -9,5 +9,6 @@ from __future__ import annotations
 
 from fastloop.bench.cases import Case, Pass, Traffic, step_case
 from fastloop.bench.runner import Effort, Plan, build_checked, run_case
+from fastloop.bench.usercases import case
 
-__all__ = ["Case", "Effort", "Pass", "Plan", "Traffic", "build_checked", "run_case", "step_case"]
+__all__ = ["Case", "Effort", "Pass", "Plan", "Traffic", "build_checked", "case", "run_case", "step_case"]

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from fastloop import machine
+from fastloop.machine import available_bytes as available_bytes
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -41,28 +44,6 @@ class Environment:
         return asdict(self)
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.machine()
-
-
-def _meminfo() -> dict[str, int]:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-
-
-def available_bytes() -> int | None:
-    """Memory that can be allocated without swapping; None where the system does not say."""
-    return _meminfo().get("MemAvailable")
-
-
 def _huge_pages() -> str:
     try:
         text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
@@ -88,10 +69,6 @@ def commit(folder: Path = REPOSITORY) -> str | None:
     return run.stdout.strip() or None
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _device() -> str:
     if not torch.cuda.is_available():
         return "CPU"
@@ -102,11 +79,11 @@ def environment() -> Environment:
     """Describe this process and machine."""
     package = import_module("fastloop")
     backends: dict[str, dict[str, Any]] = package.backends() if hasattr(package, "backends") else {}
-    meminfo = _meminfo()
+    meminfo = machine.meminfo()
     return Environment(
         device=_device(),
-        cpu=_cpu_model(),
-        cores=usable_cores(),
+        cpu=machine.cpu_model(),
+        cores=machine.usable_cpus(),
         threads=torch.get_num_threads(),
         isa=str(backends.get("cpu", {}).get("isa")),
         torch_isa=torch.backends.cpu.get_cpu_capability(),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastloop.bench import checks, env, measure, stats
+from fastloop import machine
+from fastloop.bench import checks, measure, stats
 from fastloop.bench.loops import BARE, LOG_EVERY, LOOPS, OWN_STEP, WIDTHS, Loop, Task, by_hand
 from fastloop.bench.results import Row
 from fastloop.bench.runner import NO_TIME, Plan, Progress, decided, record
@@ -121,8 +122,8 @@ def train(loop: Loop, steps: int, ready: bool) -> tuple[nn.Module, float]:
 
 def lacking(threads: int, plan: Plan) -> str | None:
     """Why a case of so many threads cannot be measured now, or None."""
-    if threads > env.usable_cores():
-        return f"needs {threads} cores, {env.usable_cores()} are usable"
+    if threads > machine.usable_cpus():
+        return f"needs {threads} cores, {machine.usable_cpus()} are usable"
     return NO_TIME if perf_counter() > plan.deadline else None
 
 

@@ -29,15 +29,16 @@ class Memory:
         return self.resident_bytes + self.transient_bytes
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def resident_bytes(tensors: Iterable[Tensor]) -> int:
@@ -59,20 +60,28 @@ def _silenced_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def measure(step: Callable[[], object], parameters: list[Tensor], optimizer: Any) -> Memory:
-    """Profile one step. Kernels that allocate outside torch's allocator are not seen."""
+def timeline(call: Callable[[], object]) -> list[tuple[str, int]]:
+    """(name, bytes allocated less bytes freed) of each operation of `call` on the CPU, in the order of their ends."""
     profiler: Any = torch.autograd.profiler.profile(use_kineto=False, profile_memory=True)
     with _silenced_stderr(), profiler:
-        step()
-    changes = sorted(
-        (event.time_range.end, event.self_cpu_memory_usage)
-        for event in profiler.function_events
-        if event.self_cpu_memory_usage
-    )
-    held = peak = 0
-    for _, change in changes:
+        call()
+    ordered = sorted(profiler.function_events, key=lambda event: (event.time_range.end, event.self_cpu_memory_usage))
+    return [(event.name, event.self_cpu_memory_usage) for event in ordered]
+
+
+def allocated(operations: Iterable[tuple[str, int]]) -> tuple[int, int]:
+    """Of a timeline: bytes on top at the highest point, and how many operations allocate."""
+    held = peak = allocations = 0
+    for _, change in operations:
         held += change
         peak = max(peak, held)
+        allocations += change > 0
+    return peak, allocations
+
+
+def measure(step: Callable[[], object], parameters: list[Tensor], optimizer: Any) -> Memory:
+    """Profile one step. Kernels that allocate outside torch's allocator are not seen."""
+    peak, allocations = allocated(timeline(step))
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    states = list(_tensors(list(getattr(optimizer, "state", {}).values())))
-    return Memory(resident_bytes([*parameters, *gradients, *states]), peak, sum(change > 0 for _, change in changes))
+    states = list(tensors_in(list(getattr(optimizer, "state", {}).values())))
+    return Memory(resident_bytes([*parameters, *gradients, *states]), peak, allocations)

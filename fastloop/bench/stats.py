@@ -62,12 +62,35 @@ def median_interval(ratios: Sequence[float]) -> Interval:
     Raises ValueError when `ratios` is empty or holds a value that is not positive and finite.
     Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
+    return _interval(float(np.median(_checked(ratios))), _medians(ratios, seed=0))
+
+
+def _checked(ratios: Sequence[float]) -> Sequence[float]:
     if not len(ratios):
         raise ValueError("[bench] an interval needs at least one ratio, got none; measure at least one pair")
     bad = [ratio for ratio in ratios if not 0 < ratio < float("inf")]
     if bad:
         raise ValueError(f"[bench] ratios must be positive and finite, got {bad[0]}; look for a sample of 0 s")
-    return _interval(float(np.median(ratios)), _medians(ratios, seed=0))
+    return ratios
+
+
+def rounds_interval(rounds: Sequence[Sequence[float]]) -> Interval:
+    """The median of all ratios and its 98 % interval, where a round's ratios share what another round's do not.
+
+    Two processes of the same code differ by where the system placed their memory; that stays for as long as they live.
+    So rounds (a fresh pair of processes each) are resampled first, then the pairs within each.
+    Raises ValueError as `median_interval` does, and for rounds of different lengths.
+    Reference: Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8.
+    """
+    whole = float(np.median(_checked([ratio for each in rounds for ratio in each])))
+    if len({len(each) for each in rounds}) != 1:
+        raise ValueError(f"[bench] rounds must be of one length, got {sorted({len(each) for each in rounds})}")
+    array = np.asarray(rounds, dtype=np.float64)
+    count, length = array.shape
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(0, count, size=(RESAMPLES, count, 1))
+    pairs = generator.integers(0, length, size=(RESAMPLES, count, length))
+    return _interval(whole, np.median(array[chosen, pairs].reshape(RESAMPLES, -1), axis=1))
 
 
 def difference_interval(a: Sequence[float], b: Sequence[float]) -> Interval:

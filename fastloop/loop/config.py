@@ -8,8 +8,12 @@
     precision = "bf16"
     run_dir = "runs/digits"
     schedule = {name = "warmup_cosine", warmup_steps = 100}
+    [loader]                                # the target's train_loader is rebuilt with these
+    num_workers = 4
     [fit]                                   # fit's options
     epochs = 10
+    [tuned]                                 # by `python -m fastloop.bench tune --apply`
+    fingerprint = "..."                     # a run elsewhere warns that the settings may not be the fastest there
 
 A key that nobody takes is an error that names the file, the line and the key that was meant.
 """
@@ -21,6 +25,7 @@ import difflib
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -31,7 +36,10 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastloop import schedules
+from torch.utils.data import Dataset
+
+from fastloop import machine, schedules
+from fastloop.loop.loader import LoaderSettings, with_settings
 from fastloop.loop.random_state import seed_everything
 
 if sys.version_info >= (3, 11):
@@ -40,11 +48,14 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from fastloop.loop.loop import History, Loop
+    from fastloop.loop.loop import Loop
+    from fastloop.loop.metrics import History
 
 Keys = tuple[str, ...]
 
-TABLES = ("arguments", "loop", "fit")
+logger = logging.getLogger("fastloop.loop")
+
+TABLES = ("arguments", "loop", "loader", "fit", "tuned")
 NEEDED = ("model", "optimizer", "loss_fn", "train_loader")
 RETURNED = (*NEEDED, "val_loader", "callbacks")
 NOTHING = "none"  # TOML has no null
@@ -58,10 +69,23 @@ class ConfigError(ValueError):
 class Training:
     """What a config with a target describes; `fit()` does it."""
 
+    config: Config
+
     loop: Loop
     train_loader: Any
     val_loader: Any
     options: dict[str, Any]  # of fit
+
+    def check(self) -> None:
+        """Look at the table [fit], before anything is trained.
+
+        Raises:
+            ConfigError: an option that cannot be, with where it stands.
+        """
+        try:
+            self.loop._check_fit(self.val_loader, **self.options)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise _located(self.config, error, "fit") from error
 
     def fit(self) -> History:
         """`Loop.fit` with the loaders of the target and the options of the table [fit]."""
@@ -316,6 +340,8 @@ def build(
     """
     table = options_of(config, "loop", cls.__init__, ("model", "optimizer", "loss_fn", "config", "callbacks"))
     of_fit = options_of(config, "fit", cls.fit, ("train_loader", "val_loader"))
+    of_loader = options_of(config, "loader", LoaderSettings, ())
+    _check_fingerprint(config)
     table |= options
     if model is not None and optimizer is not None:
         parts = {"model": model, "optimizer": optimizer, "loss_fn": loss_fn}
@@ -327,23 +353,50 @@ def build(
         if table.get("seed") is not None:
             seed_everything(table["seed"])  # the same on every rank: they begin with the same weights
         parts = _returned(config)
+        parts["train_loader"] = _loaded(config, parts["train_loader"], of_loader)
     callbacks = [*parts.get("callbacks", ()), *table.pop("callbacks", ())]
     table.setdefault("config", config.values)
     try:
         loop = cls(parts["model"], parts["optimizer"], parts.get("loss_fn"), callbacks=callbacks, **table)
     except (ValueError, TypeError) as error:
         raise _located(config, error) from error
-    return Training(loop, parts.get("train_loader"), parts.get("val_loader"), of_fit)
+    return Training(config, loop, parts.get("train_loader"), parts.get("val_loader"), of_fit)
 
 
-def _located(config: Config, error: Exception) -> Exception:
-    """Loop's error about an option of the config, with where this stands; others as they are."""
+def _loaded(config: Config, given: Any, settings: Mapping[str, Any]) -> Any:
+    """The target's train_loader, loaded as [loader] says; a data set needs that table, others may do without."""
+    if not settings and not isinstance(given, Dataset):
+        return given
+    try:
+        return with_settings(given, settings)
+    except (ValueError, TypeError) as error:
+        raise _located(config, error) from error
+
+
+def _check_fingerprint(config: Config) -> None:
+    """Warn where the settings were tuned on another machine or with other versions."""
+    tuned = config.table("tuned").get("fingerprint")
+    if tuned is None:
+        return
+    if not isinstance(tuned, str):
+        raise config.error(("tuned", "fingerprint"), f"tuned.fingerprint must be a string, got {tuned!r}")
+    here = machine.fingerprint()
+    if tuned != here:
+        logger.warning(
+            "%s was tuned on another machine or with other versions: %s, and here %s; its settings may not be the "
+            "fastest here, tune again with python -m fastloop.bench tune", config.name, tuned, here,
+        )  # fmt: skip
+
+
+def _located(config: Config, error: Exception, table: str = "loop") -> Exception:
+    """Our error about an option of the config, with where this stands; others as they are."""
     text = str(error)
     where = text[1:].partition("]")[0]
-    if where == "Loop":
-        named = [key for key in config.table("loop") if re.search(rf"\b{key}\b", text.partition(", got")[0])]
-    else:
-        named = ["loggers"] if where == "logs" else ["schedule"] if where in ("schedules", *schedules.names()) else []
+    if where in ("loader", "Loop"):
+        table = "loader" if where == "loader" else table
+        named = [key for key in config.table(table) if re.search(rf"\b{key}\b", text.partition(", got")[0])]
+        return config.error((table, *named[:1]), text) if named or table != "loop" else error
+    named = ["loggers"] if where == "logs" else ["schedule"] if where in ("schedules", *schedules.names()) else []
     return config.error(("loop", named[0]), text) if named else error
 
 

@@ -155,6 +155,7 @@ class Core:
     # ---- hooks of Loop
 
     def _stepped(self, window: Window, totals: list[Scalar], norm: Scalar, skipped: Scalar) -> None:
+        """Count the step, and advance what goes by steps."""
         raise NotImplementedError
 
     def _at_boundary(self, feed: Feed) -> bool:
@@ -317,6 +318,15 @@ class Core:
             )
         self._window = None
         window.stepped = True
+        totals, norm, skipped = self._update_weights(window)
+        self._clear_gradients()
+        loss = totals[1] / totals[0] if isinstance(totals[0], Tensor) or totals[0] else math.nan
+        if not window.void:
+            self._stepped(window, totals, norm, skipped)
+        return StepResult(loss, norm, skipped)
+
+    def _update_weights(self, window: Window) -> tuple[list[Scalar], Scalar, Scalar]:
+        """Step with the window's gradients; its totals, the gradients' norm, and whether they were skipped."""
         totals: list[Scalar] = [window.weight, *window.sums]
         if self.ranks.size > 1:
             totals = self._sum_over_ranks(window, totals)
@@ -332,13 +342,7 @@ class Core:
             if not self._has_trained and nothing is not True:
                 self._check_gradients()
             norm, skipped = (0.0, 1.0) if nothing is True else self._update(scale, nothing)
-        self._clear_gradients()
-        loss = totals[1] / totals[0] if isinstance(totals[0], Tensor) or totals[0] else math.nan
-        if not window.void:
-            self.global_step += 1
-            window._feed.batches_before = window._feed.batches
-            self._stepped(window, totals, norm, skipped)
-        return StepResult(loss, norm, skipped)
+        return totals, norm, skipped
 
     def _check_gradients(self) -> None:
         if all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):

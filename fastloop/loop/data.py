@@ -20,12 +20,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from fastloop.loop import random_state
-from fastloop.loop.seeded import SeededDataset
-from fastloop.loop.signals import ShieldedInit
+from fastloop.loop.loader import (
+    batch_size_of,
+    distributed_sampler,
+    divisible,
+    generators_of,
+    indivisible,
+    iterate,
+    keeps_own_state,
+    length_of,
+    rebuilt,
+    set_epoch,
+    shared_among,
+    skippable,
+)
 from fastloop.loop.strategy import Ranks
 
 END = object()  # no batch is left in this epoch
@@ -55,7 +67,7 @@ class Position:
         if self.batches == 0 and self.skip == 0:
             return Position(self.epoch)
         if self.batches > 0 and self.consumed <= self.skip:
-            raise _indivisible(self.world)
+            raise indivisible(self.world)
         return Position(self.epoch, skip=self.consumed, order=self.order, world=size)
 
 
@@ -87,12 +99,12 @@ class Feed:
     _once: _Once | None = None  # the same, where the loader can be gone through once only: it outlives `close`
     _spare: Any = None  # the last batch: what a rank that has run out computes on, with weight 0
     _stream: Any = None
-    _generators: list[torch.Generator] = field(default_factory=list)
+    generators: list[torch.Generator] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._given = self.loader
         self.loader = self._current = shared_among(self.loader, self.ranks, self.seed)
-        self._generators = _generators(self.loader)
+        self.generators = generators_of(self.loader)
         if self.ranks.device.type == "cuda":
             self._stream = _copy_stream(self.ranks.device)
 
@@ -113,14 +125,14 @@ class Feed:
         loader = self._current = self._remaining(position) if position.skip else self.loader
         if position.start is None:
             if position.now is not None:
-                random_state.restore(position.now, self._generators)
-            self.start = random_state.capture(self._generators)
+                random_state.restore(position.now, self.generators)
+            self.start = random_state.capture(self.generators)
             self._iterator = self._iterator_of(loader)
             self.batches_before = 0
             self.begun = True
             return
         assert position.now is not None
-        random_state.restore(position.start, self._generators)
+        random_state.restore(position.start, self.generators)
         self.start = position.start
         if position.loader is not None:
             loader.load_state_dict(position.loader)
@@ -136,11 +148,11 @@ class Feed:
         elif position.loader is None:
             self._replay(position.batches)
         self.batches = self.batches_before = position.batches
-        random_state.restore(position.now, self._generators)
+        random_state.restore(position.now, self.generators)
         self.begun = True
 
     def _iterator_of(self, loader: Any) -> Iterator[Any]:
-        iterator = _iterate(loader)
+        iterator = iterate(loader)
         if iterator is not loader:
             return iterator
         once = _Once(iterator, self.epoch)
@@ -156,7 +168,7 @@ class Feed:
         """In the epoch under way, with what the iterator gives next: what it gave before it cannot give again."""
         once.back_to(position.batches)
         if position.now is not None:
-            random_state.restore(position.now, self._generators)
+            random_state.restore(position.now, self.generators)
         self.start = position.start or self.start
         self._iterator = once
         self.batches = self.batches_before = position.batches
@@ -182,7 +194,7 @@ class Feed:
             batches=self.batches,
             padded=self.padded,
             start=self.start,
-            now=random_state.capture(self._generators),
+            now=random_state.capture(self.generators),
             loader=self._current.state_dict() if keeps_own_state(self._current) else None,
             consumed=self._consumed(self.batches),
             world=self.ranks.size,
@@ -203,28 +215,28 @@ class Feed:
 
     def _consumed(self, batches: int) -> int:
         """Samples of the epoch that all ranks have consumed after `batches`; `skip` where nobody knows."""
-        size = _batch_size(self._current) if _divisible(self._given) else 0
+        size = batch_size_of(self._current) if divisible(self._given) else 0
         return self.skip + batches * self.ranks.size * size
 
     def restore_random(self, position: Position) -> None:
         """Put back the random states of `position`, where no iterator will be made."""
         if not self.begun and position.now is not None:
-            random_state.restore(position.now, self._generators)
+            random_state.restore(position.now, self.generators)
 
     def also_keep(self, loader: Any) -> None:
         """The states of this other loader's generators belong to the run too."""
-        known = {id(g) for g in self._generators}
-        self._generators += [g for g in _generators(loader) if id(g) not in known]
+        known = {id(g) for g in self.generators}
+        self.generators += [g for g in generators_of(loader) if id(g) not in known]
 
     def position_before(self, epoch: int) -> Position:
         """Where the run is, before the iterator of `epoch` is made."""
-        return Position(epoch, now=random_state.capture(self._generators), world=self.ranks.size)
+        return Position(epoch, now=random_state.capture(self.generators), world=self.ranks.size)
 
     def _remaining(self, position: Position) -> Any:
         """A loader of the samples of this epoch that ranks of another number left, divided among these ranks."""
         given = self._given
-        if not _divisible(given):
-            raise _indivisible(position.world)
+        if not divisible(given):
+            raise indivisible(position.world)
         left = self._order(given, position)[position.skip :]
         size, rank = self.ranks.size, self.ranks.rank
         drop_last = bool(getattr(self.loader.batch_sampler, "drop_last", False))
@@ -232,17 +244,17 @@ class Feed:
             left = left[: len(left) // size * size]
         elif left[rank::size] == [] and left:  # a rank that gets nothing computes on a sample of another's, weight 0
             self._spare = (given.collate_fn or default_collate)([given.dataset[left[0]]])
-        batches = torch.utils.data.BatchSampler(left[rank::size], _batch_size(self.loader), drop_last)
+        batches = torch.utils.data.BatchSampler(left[rank::size], batch_size_of(self.loader), drop_last)
         return rebuilt(given, batches)
 
     def _order(self, given: DataLoader[Any], position: Position) -> list[int]:
         """All samples of the epoch in the order of the ranks that began it."""
         if position.order is not None:
-            kept = random_state.capture(self._generators)
-            random_state.restore(position.order, self._generators)
+            kept = random_state.capture(self.generators)
+            random_state.restore(position.order, self.generators)
             torch.empty((), dtype=torch.int64).random_(generator=given.generator)  # DataLoader draws its seed first
             order = [index for batch in given.batch_sampler for index in batch]  # type: ignore[union-attr]
-            random_state.restore(kept, self._generators)
+            random_state.restore(kept, self.generators)
             return order
         sampler = distributed_sampler(self.loader)
         shuffles = isinstance(given.sampler, torch.utils.data.RandomSampler) if sampler is None else sampler.shuffle
@@ -324,18 +336,11 @@ class Feed:
 
     def full_length(self) -> int | None:
         """Batches of a whole epoch on this rank, None where the loader does not know."""
-        return _length(self.loader)
+        return length_of(self.loader)
 
     def length(self) -> int | None:
         """Batches of the present epoch on this rank, None where the loader does not know."""
-        return _length(self._current)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
+        return length_of(self._current)
 
 
 class _Once:
@@ -368,6 +373,32 @@ class _Once:
         self._again = self.window[len(self.window) - behind :] + self._again
         self.given = count
         self.window = []
+
+
+class _Rest:
+    """The batches of a batch sampler after the first `skipped`, for one epoch."""
+
+    def __init__(self, batch_sampler: Any, skipped: int) -> None:
+        self.batch_sampler, self.skipped = batch_sampler, skipped
+        self._batches: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        # Samplers draw their order when the first batch is asked for; DataLoader draws a seed of its own before that.
+        self._batches = iter(self.batch_sampler)
+        return self
+
+    def __next__(self) -> Any:
+        self.skip()
+        return next(self._batches)
+
+    def skip(self) -> None:
+        """Pass over what is to be skipped, if that has not been done."""
+        while self.skipped > 0:
+            self.skipped -= 1
+            next(self._batches, None)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
 
 @functools.cache
@@ -429,181 +460,3 @@ def sliced(batch: Any, start: int, stop: int) -> Any:
     """Samples start..stop of a batch: each tensor whose first dimension is the batch's is cut."""
     size = samples_in(batch)
     return _map(batch, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t)
-
-
-# ---- loaders
-
-
-def _iterate(loader: Any) -> Iterator[Any]:
-    """iter(loader); a DataLoader's workers are shielded from the signals that ask the run to save and stop."""
-    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
-        return iter(loader)
-    own = loader.worker_init_fn
-    if loader.persistent_workers:
-        # Workers that live on would go on with the random states of the epochs before, which a resumed run cannot
-        # reach without reading them all again: they start anew with each epoch.
-        loader._iterator = None
-    if not isinstance(own, ShieldedInit):
-        loader.worker_init_fn = ShieldedInit(own)
-    try:
-        return iter(loader)
-    finally:
-        loader.worker_init_fn = own
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Generators that the user gave to the loader and its samplers, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found: dict[int, torch.Generator] = {}
-    for holder in holders:
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-    return list(found.values())
-
-
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever shuffles by the epoch's number: samplers of the loader, its data set, the loader itself."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (
-        loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None),
-        getattr(loader, "dataset", None),
-    )  # fmt: skip
-    for holder in {id(h): h for h in holders}.values():
-        told = getattr(holder, "set_epoch", None)
-        if callable(told):
-            told(epoch)
-
-
-def shared_among(loader: Any, ranks: Ranks, seed: int = 0) -> Any:
-    """`loader`, or one in its place whose samples are divided among the ranks.
-
-    A DataLoader that shuffles, or goes through its data in order, would give every rank all of the data: it gets a
-    DistributedSampler. A loader with another sampler, with an iterable data set, or that is no DataLoader, is taken as
-    one that divides already.
-
-    Raises:
-        ValueError: a DataLoader without batches of indices, which would give every rank all of the data.
-    """
-    if ranks.size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return loader
-    if loader.batch_sampler is None and _plain(loader.sampler):
-        raise ValueError(
-            f"[Loop] DataLoader(batch_size=None) gives each of the {ranks.size} ranks all of the data; pass it a "
-            "batch_size, or sampler=torch.utils.data.DistributedSampler(dataset)"
-        )
-    if not _divided_here(loader):
-        return loader
-    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
-    sampler: Any = DistributedSampler(loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, seed=seed)
-    return rebuilt(loader, torch.utils.data.BatchSampler(sampler, loader.batch_size or 1, loader.drop_last))
-
-
-def _plain(sampler: Any) -> bool:
-    return isinstance(sampler, (torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler))
-
-
-def _divided_here(loader: DataLoader[Any]) -> bool:
-    return _plain(loader.sampler) and type(loader.batch_sampler) is torch.utils.data.BatchSampler
-
-
-def _divisible(loader: Any) -> bool:
-    """Whether it is known what ranks of any number have left of an epoch."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    return _divided_here(loader) or (distributed_sampler(loader) is not None and _batch_size(loader) > 0)
-
-
-def _indivisible(world: int) -> RuntimeError:
-    return RuntimeError(
-        f"[Loop] the checkpoint was made by {world} ranks in the middle of an epoch; what is left can be divided among "
-        "another number of ranks for a DataLoader over a map-style data set only, in batches of one size, that "
-        "shuffles, goes in order, or has a DistributedSampler; resume with that number of ranks, or from the start of "
-        "an epoch"
-    )
-
-
-def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """A DataLoader like `loader` with other batches of indices."""
-    more: dict[str, Any] = {"in_order": loader.in_order} if hasattr(loader, "in_order") else {}
-    copied: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=batch_sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        **more,
-    )
-    return copied
-
-
-class _Rest:
-    """The batches of a batch sampler after the first `skipped`, for one epoch."""
-
-    def __init__(self, batch_sampler: Any, skipped: int) -> None:
-        self.batch_sampler, self.skipped = batch_sampler, skipped
-        self._batches: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Iterator[Any]:
-        # Samplers draw their order when the first batch is asked for; DataLoader draws a seed of its own before that.
-        self._batches = iter(self.batch_sampler)
-        return self
-
-    def __next__(self) -> Any:
-        self.skip()
-        return next(self._batches)
-
-    def skip(self) -> None:
-        """Pass over what is to be skipped, if that has not been done."""
-        while self.skipped > 0:
-            self.skipped -= 1
-            next(self._batches, None)
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-
-def skippable(loader: Any) -> bool:
-    """Whether a batch that is not read leaves no trace: its samples have seeds of their own."""
-    return (
-        isinstance(loader, DataLoader)
-        and isinstance(loader.dataset, SeededDataset)
-        and loader.batch_sampler is not None
-    )
-
-
-def keeps_own_state(loader: Any) -> bool:
-    """Whether the loader's own state brings it back exactly.
-
-    That of torchdata's StatefulDataLoader does not hold what its workers have drawn: over a map-style data set that
-    draws, only a replay does.
-    """
-    if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-        return False
-    if not isinstance(loader, DataLoader) or loader.num_workers == 0:
-        return True
-    data = loader.dataset
-    return isinstance(data, (IterableDataset, SeededDataset)) or hasattr(data, "state_dict")
-
-
-def distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
-    """The loader's DistributedSampler, if it has one."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for sampler in (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
-        if isinstance(sampler, DistributedSampler):
-            return sampler
-    return None
-
-
-def _batch_size(loader: Any) -> int:
-    """Samples of a batch of indices; 0 where the loader does not say."""
-    return (
-        getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or 0
-    )

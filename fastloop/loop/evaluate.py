@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastloop.loop.data import END, Feed, Position, distributed_sampler, samples_in, sliced
+from fastloop.loop.data import END, Feed, Position, samples_in, sliced
+from fastloop.loop.loader import distributed_sampler
 from fastloop.loop.strategy import Ranks, unwrapped
 from fastloop.loop.update import weighted
 from fastloop.optim.base import FusedOptimizer
@@ -95,6 +96,10 @@ def parts(result: Any, default_weight: float) -> tuple[Tensor, Mapping[str, Any]
     )
 
 
+class Interrupted(Exception):
+    """The run is to stop, in the middle of an evaluation."""
+
+
 def evaluate(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -102,6 +107,7 @@ def evaluate(
     ranks: Ranks,
     autocast: Callable[[], AbstractContextManager[Any]],
     channels_last: bool,
+    to_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics over the loader, weighted by samples (or by loss_fn's weight), over all ranks.
 
@@ -109,6 +115,7 @@ def evaluate(
 
     Raises:
         ValueError: a loader without any batch.
+        Interrupted: `to_stop`, asked before each batch, has said so.
     """
     sharded = model is not unwrapped(model) or ranks.size == 1
     called = unwrapped(model) if sharded else model  # DDP's own forward sends buffers around, and wants equal counts
@@ -118,6 +125,9 @@ def evaluate(
     total: Any = 0.0
     with _eval_mode(model), torch.no_grad():
         for batch, repeated in _batches(feed, ranks, equal_counts=not sharded):
+            if to_stop is not None and to_stop():
+                feed.close()
+                raise Interrupted
             with autocast():
                 loss, metrics, weight = parts(loss_fn(called, batch), float(samples_in(batch)))
             if repeated:
@@ -184,17 +194,20 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def check_ema(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
+    """Raise RuntimeError where moving averages are wanted of an optimizer that keeps none."""
+    if wanted and all(group.get("ema_decay") is None for group in optimizer.param_groups):
+        raise RuntimeError(
+            f"[Loop] evaluate_ema=True, or ema=True: {type(optimizer).__name__} keeps no moving average; use an "
+            "optimizer of fastloop with ema_decay=, e.g. 0.999"
+        )
+
+
 def ema_of(optimizer: torch.optim.Optimizer, wanted: bool) -> AbstractContextManager[None]:
     """With the optimizer's moving averages in the model.
 
     Raises:
         RuntimeError: an optimizer that keeps none.
     """
-    if not wanted:
-        return nullcontext()
-    if not isinstance(optimizer, FusedOptimizer):
-        raise RuntimeError(
-            f"[Loop] evaluate(ema=True): {type(optimizer).__name__} of torch keeps no moving average; use fastloop's "
-            "with ema_decay=, e.g. 0.999"
-        )
-    return optimizer.ema_weights()
+    check_ema(optimizer, wanted)
+    return cast(FusedOptimizer, optimizer).ema_weights() if wanted else nullcontext()

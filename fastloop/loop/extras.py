@@ -1,26 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that come with an extra of this project, imported where they are used."""
+"""As fastloop.extras, under the name that the loop's modules use."""
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import Any
-
-
-class MissingExtra(ImportError):
-    """A package that an extra of this project brings is not installed."""
-
-
-def need(module: str, extra: str, what: str) -> Any:
-    """The module, imported.
-
-    Raises:
-        MissingExtra: it is not installed; the error names the extra that brings it.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MissingExtra(
-            f"[{extra}] {what} needs {module.split('.')[0]}, which cannot be imported ({error}); "
-            f"run `pip install 'fastloop[{extra}]'`"
-        ) from error
+from fastloop.extras import MissingExtra as MissingExtra
+from fastloop.extras import need as need

@@ -15,12 +15,12 @@ from fastloop.loop.evaluate import parts
 
 if TYPE_CHECKING:
     from fastloop.loop.core import Window
-    from fastloop.loop.loop import Loop
+    from fastloop.loop.fitting import Fitting
 
 logger = logging.getLogger("fastloop.loop")
 
 
-def run_in_parts(loop: Loop, window: Window) -> None:
+def run_in_parts(loop: Fitting, window: Window) -> None:
     """Forward and backward of a window, each micro-batch in `loop._parts` parts; twice as many where memory runs out.
 
     The window is then begun anew, since the gradients of the micro-batch that failed are half added. A part weighs what
@@ -46,7 +46,7 @@ def run_in_parts(loop: Loop, window: Window) -> None:
         done.append(batch)
 
 
-def _begin_anew(loop: Loop, window: Window) -> None:
+def _begin_anew(loop: Fitting, window: Window) -> None:
     window.forget()
     loop._clear_gradients()
     loop._parts *= 2
@@ -56,7 +56,7 @@ def _begin_anew(loop: Loop, window: Window) -> None:
         torch.cuda.empty_cache()
 
 
-def _backward(loop: Loop, window: Window, batch: Any) -> None:
+def _backward(loop: Fitting, window: Window, batch: Any) -> None:
     loss_fn = loop.loss_fn
     assert loss_fn is not None
     for part in _split(batch, loop._parts):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 NONFINITE = ("skip", "stop", "raise")
+MATMUL_PRECISIONS = (None, "highest", "high", "medium")
 EVENTS = ("on_fit_start", "on_window", "on_log", "on_evaluate", "on_epoch_end", "on_save", "on_fit_end")
 
 

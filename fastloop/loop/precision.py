@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is set up once before a training: precision, memory layout, activation checkpointing."""
+"""What is set up once before a training: settings of torch, precision, memory layout, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def resolve(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
+
+
+def set_process(cudnn_benchmark: bool | None, matmul_precision: str | None, threads: int | None) -> None:
+    """Settings of torch for the whole process; None leaves one as it is."""
+    if cudnn_benchmark is not None:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
+    if matmul_precision is not None:
+        torch.set_float32_matmul_precision(matmul_precision)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

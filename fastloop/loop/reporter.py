@@ -20,12 +20,14 @@ from fastloop.loop.nonfinite import save_batches
 from fastloop.loop.progress import Progress
 from fastloop.loop.rank_log import RankLog
 from fastloop.loop.update import Scalar
+from fastloop.loop.usage import PREFIX, Usage
 from fastloop.loop.watch import Spikes, Throughput, memory
 
 if TYPE_CHECKING:
     from fastloop.loop.loop import Loop
 
-MACHINE = ("memory/", "samples/", "tokens/", "steps/")  # of this machine and not of the training: not in the history
+# Of this machine and not of the training: not in the history.
+MACHINE = ("memory/", "samples/", "tokens/", "steps/", PREFIX)
 # fp16's scale overflows by design: about every 2000 windows, and at the start once for each factor of 2 by which 65536
 # is too large. So many windows in a row are no matter of the scale.
 OVERFLOWS = 20
@@ -42,12 +44,19 @@ class Reporter:
         log_every: windows between two rows.
         progress: as for Loop.
         flops_per_sample: FLOPs of forward and backward of one sample, for "mfu".
+        usage: of the machine, for rows; None for none.
     """
 
     def __init__(
-        self, loop: Loop, loggers: Loggers, log_every: int, progress: bool | None, flops_per_sample: float | None
+        self,
+        loop: Loop,
+        loggers: Loggers,
+        log_every: int,
+        progress: bool | None,
+        flops_per_sample: float | None,
+        usage: Usage | None = None,
     ) -> None:
-        self._loop = loop
+        self._loop, self._usage = loop, usage
         self._loggers, self._open = loggers, False
         self._resumed_step: int | None = None
         self._rows = 0  # logged in the whole run
@@ -79,6 +88,8 @@ class Reporter:
         self.open()
         self.throughput.restart()
         self._waited = feed.wait_seconds
+        if self._usage is not None:
+            self._usage.begin(self._waited)
 
     def open(self) -> None:
         """Open the loggers; rows of steps that the run has not made, or makes again, are dropped."""
@@ -86,8 +97,10 @@ class Reporter:
             self._loggers.open(self._loop.run_dir, self._resumed_step, self._rows)
             self._open = True
 
-    def end(self) -> None:
-        """After the last window."""
+    def end(self, waited: float, failed: bool) -> None:
+        """After the last window, or an error; `waited` is the seconds for the loader in all."""
+        if self._usage is not None:
+            self._usage.end(waited, failed)
         self._progress.close()
         self.close()
         self._rank_log.close()
@@ -150,9 +163,10 @@ class Reporter:
             callback(loop, record)
 
     def _row(self, record: Record) -> dict[str, Any]:
+        usage = {} if self._usage is None else self._usage.row()
         return {
             "step": record.step, "epoch": record.epoch, **self.ledger.row(), "lr": record.lr,
-            "spikes": self.spikes.count, **self.throughput.row(), **memory(self._loop.device),
+            "spikes": self.spikes.count, **self.throughput.row(), **memory(self._loop.device), **usage,
         }  # fmt: skip
 
     def write(self, row: dict[str, Any]) -> None:

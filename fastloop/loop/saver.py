@@ -22,7 +22,7 @@ from fastloop.loop.manifest import Checkpoint
 from fastloop.loop.strategy import Ranks, unwrapped
 
 if TYPE_CHECKING:
-    from fastloop.loop.loop import Loop
+    from fastloop.loop.stateful import Stateful
 
 STATE_VERSION = 1  # of what a checkpoint holds beside tensors
 
@@ -39,7 +39,7 @@ class Saver:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Stateful,
         store: Store | None,
         every_steps: int | None,
         every_minutes: float | None,
@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def contents(loop: Loop, position: Position) -> dict[str, Any]:
+def contents(loop: Stateful, position: Position) -> dict[str, Any]:
     """Everything that a resumed run needs, as `Store.save` takes it."""
     model = unwrapped(loop.model)
     tensors, model_rest = state.model_tensors(model)
@@ -161,7 +161,7 @@ def contents(loop: Loop, position: Position) -> dict[str, Any]:
     }
 
 
-def restore(loop: Loop, checkpoint: Checkpoint) -> Position:
+def restore(loop: Stateful, checkpoint: Checkpoint) -> Position:
     """Bring the loop to where the checkpoint was made; returns where it was in its data."""
     model = unwrapped(loop.model)
     everything = state.unpacked(checkpoint, "loop", "loop")
@@ -211,7 +211,7 @@ def _position(checkpoint: Checkpoint, rank: int) -> Position:
     return Position(**documents.unpack(packed, checkpoint.rank_tensors(rank)))
 
 
-def find(loop: Loop, store: Store, resume: str | bool | os.PathLike[str]) -> Checkpoint | None:
+def find(loop: Stateful, store: Store, resume: str | bool | os.PathLike[str]) -> Checkpoint | None:
     """The checkpoint to go on from, the same on every rank.
 
     Raises:

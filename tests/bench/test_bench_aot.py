@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastloop.bench import aot, cli
+from fastloop.bench.commands import shared
 
 NORM = "_ZN8fastloop6device4normIfLi1EEEvNS0_10NormParamsIXT0_EEE"
 SGD = "_ZN8fastloop6device6updateINS0_3SgdIfLb1EEEfNS0_4BF16ES4_Lb0ELb0EEEvNS0_8StepArgsE"
@@ -117,7 +118,7 @@ def test_the_check_finds(
 ) -> None:
     golden = golden_file(tmp_path)
     compiled(monkeypatch, dict.fromkeys(KEYS, GOOD) | {KEYS[1]: replace(GOOD, **change)})
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.REGRESSION
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.REGRESSION
     assert message in capsys.readouterr().err
 
 
@@ -127,7 +128,7 @@ def test_the_check_finds(
 def test_the_check_passes(change: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = golden_file(tmp_path)
     compiled(monkeypatch, dict.fromkeys(KEYS, GOOD) | {KEYS[0]: replace(GOOD, **change)})
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.OK
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.OK
 
 
 def test_a_norm_stores_nothing_wide() -> None:
@@ -140,7 +141,7 @@ def test_a_missing_and_a_new_kernel_fail(
 ) -> None:
     golden = golden_file(tmp_path)
     compiled(monkeypatch, {KEYS[0]: GOOD, "triton sm_90 adam_fp8": GOOD})
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.REGRESSION
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.REGRESSION
     message = capsys.readouterr().err
     assert f"{KEYS[1]}: in the golden file and not compiled" in message
     assert "triton sm_90 adam_fp8: not in the golden file" in message
@@ -151,9 +152,9 @@ def test_a_spill_counts_outside_the_golden_file_too(tmp_path: Path, monkeypatch:
     key = "cuda sm_90 update<Sgd<double, true>, double, double, double, false, false>"
     assert not aot.is_representative(key)
     compiled(monkeypatch, dict.fromkeys(KEYS, GOOD) | {key: GOOD})
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.OK
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.OK
     compiled(monkeypatch, dict.fromkeys(KEYS, GOOD) | {key: replace(GOOD, stack=8)})
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.REGRESSION
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.REGRESSION
 
 
 def test_other_compilers_are_not_comparable_but_spills_are_spills(
@@ -161,26 +162,26 @@ def test_other_compilers_are_not_comparable_but_spills_are_spills(
 ) -> None:
     golden = golden_file(tmp_path)
     compiled(monkeypatch, {KEYS[0]: GOOD, KEYS[1]: replace(GOOD, registers=90)}, triton="9.9.9")
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.VOID
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.VOID
     assert "not comparable" in capsys.readouterr().err
     compiled(monkeypatch, {KEYS[0]: GOOD, KEYS[1]: replace(GOOD, stack=8)}, triton="9.9.9")
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.REGRESSION
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.REGRESSION
 
 
 def test_update_writes_what_check_then_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = golden_file(tmp_path)
     worse = dict.fromkeys(KEYS, replace(GOOD, registers=90))
     compiled(monkeypatch, worse)
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.REGRESSION
-    assert cli.main(["aot", "--update", "--golden", str(golden)]) == cli.OK
-    assert cli.main(["aot", "--check", "--golden", str(golden)]) == cli.OK
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.REGRESSION
+    assert cli.main(["aot", "--update", "--golden", str(golden)]) == shared.OK
+    assert cli.main(["aot", "--check", "--golden", str(golden)]) == shared.OK
     assert aot.load(golden) == (worse, COMPILERS)
 
 
 def test_update_keeps_what_was_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = golden_file(tmp_path)
     compiled(monkeypatch, {KEYS[1]: replace(GOOD, registers=90)})
-    assert cli.main(["aot", "--update", "--backend", "triton", "--arch", "90", "--golden", str(golden)]) == cli.OK
+    assert cli.main(["aot", "--update", "--backend", "triton", "--arch", "90", "--golden", str(golden)]) == shared.OK
     assert aot.load(golden)[0] == {KEYS[0]: GOOD, KEYS[1]: replace(GOOD, registers=90)}
 
 
@@ -188,7 +189,7 @@ def test_update_refuses_a_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     golden = golden_file(tmp_path)
     before = golden.read_text()
     compiled(monkeypatch, dict.fromkeys(KEYS, replace(GOOD, stack=8)))
-    assert cli.main(["aot", "--update", "--golden", str(golden)]) == cli.REGRESSION
+    assert cli.main(["aot", "--update", "--golden", str(golden)]) == shared.REGRESSION
     assert golden.read_text() == before
 
 
@@ -198,14 +199,14 @@ def test_no_golden_file(text: str | None, tmp_path: Path, monkeypatch: pytest.Mo
     if text is not None:
         path.write_text(text)
     compiled(monkeypatch, {})
-    assert cli.main(["aot", "--check", "--golden", str(path)]) == cli.NO_BASELINE
+    assert cli.main(["aot", "--check", "--golden", str(path)]) == shared.NO_BASELINE
 
 
 def test_outside_a_checkout_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(aot, "ROOT", tmp_path)
-    assert cli.main(["aot", "--backend", "cuda", "--golden", str(tmp_path / "none")]) == cli.VOID
+    assert cli.main(["aot", "--backend", "cuda", "--golden", str(tmp_path / "none")]) == shared.VOID
     assert "run it in a checkout" in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import fastloop
-from fastloop.bench import cases, checks, cli, contenders, guard, results, runner, session, stats, training
+from fastloop.bench import cases, ceiling, checks, cli, contenders, results, runner, session, stats, training
 from fastloop.bench.results import Run
 from fastloop.bench.runner import Effort, Plan
 
@@ -32,8 +31,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "CASES", (TINY,))
     monkeypatch.setattr(cases, "CONTROL", control)
     monkeypatch.setattr(cases.select, "__defaults__", ((TINY,),))
-    monkeypatch.setattr(guard.guard, "__defaults__", ((TINY,),))
-    monkeypatch.setattr(guard.control, "__defaults__", (control,))
     monkeypatch.setattr("fastloop.bench.measure.calibrate", lambda call, sampler=None: 1)
     monkeypatch.setattr(stats, "CONTROL_MOVED", float("inf"))
 
@@ -112,7 +109,7 @@ def test_too_little_memory_or_time_shows_as_skipped(monkeypatch: pytest.MonkeyPa
 
 
 def test_list_env_and_stream(tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    streams = cli.ceiling.streams(1024)
+    streams = ceiling.streams(1024)
     monkeypatch.setattr("fastloop.bench.ceiling.streams", lambda: streams)
     assert run("list") == run("env") == run("stream") == 0
     out = capsys.readouterr().out
@@ -150,47 +147,6 @@ def test_a_wrong_result_exits_with_3(tiny: None, tmp_path: Path, monkeypatch: py
     (row,) = (row for row in results.load(folder / "result.json").rows if row.case == "tiny")
     assert row.status == "wrong"
     assert not row.ratios
-
-
-def write_floors(path: Path, ratio: float = 1e-6, allocations: int = 0) -> Path:
-    floors = {"tiny": {"ratio": ratio, "allocations": allocations}}
-    path.write_text(json.dumps({"schema": guard.SCHEMA, "floors": floors}))
-    return path
-
-
-def test_guard_passes(tiny: None, tmp_path: Path) -> None:
-    assert run("guard", "--floors", write_floors(tmp_path / "floors.json")) == 0
-
-
-def test_guard_finds_a_ratio_below_its_floor(tiny: None, tmp_path: Path) -> None:
-    assert run("guard", "--floors", write_floors(tmp_path / "floors.json", ratio=1e6)) == 1
-
-
-def test_guard_finds_allocations(tiny: None, tmp_path: Path) -> None:
-    assert run("guard", "--floors", write_floors(tmp_path / "floors.json", allocations=-1)) == 1
-
-
-def test_guard_finds_a_wrong_result(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastloop, "AdamW", Wrong)
-    assert run("guard", "--floors", write_floors(tmp_path / "floors.json")) == 3
-
-
-def test_guard_is_void_when_the_control_moves(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "CONTROL_MOVED", -1.0)
-    assert run("guard", "--floors", write_floors(tmp_path / "floors.json")) == 4
-
-
-@pytest.mark.parametrize("text", [None, "{}", '{"schema": "fastloop-floors/1", "floors": {}}', '{"schema": "x"}'])
-def test_guard_without_floors_exits_with_5(text: str | None, tiny: None, tmp_path: Path) -> None:
-    path = tmp_path / "floors.json"
-    if text is not None:
-        path.write_text(text)
-    assert run("guard", "--floors", path) == 5
-
-
-def test_the_committed_floors_cover_every_small_case() -> None:
-    floors = guard.load_floors(guard.DEFAULT_FLOORS)
-    assert {case.name for case in cases.CASES if case.small} <= set(floors)
 
 
 def saved(path: Path, ratio: float) -> Path:

@@ -20,6 +20,7 @@ import torch
 
 import fastloop
 from fastloop.bench import chargpt, cli, gpu, gpu_device, gpu_record, measure
+from fastloop.bench.commands import shared
 from fastloop.bench.gpu_record import SPECS, GpuRow, GpuRun, Spec
 from fastloop.bench.results import BadResult
 from fastloop.bench.stats import Interval
@@ -198,7 +199,7 @@ def test_row_names_are_unique() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_without_a_device_it_stops_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["gpu", "--results", str(tmp_path)]) == cli.VOID
+    assert cli.main(["gpu", "--results", str(tmp_path)]) == shared.VOID
     assert "sees no CUDA device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -206,9 +207,9 @@ def test_without_a_device_it_stops_and_says_so(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({}, cli.OK),
-        ({"rows": [GpuRow("gpt-1b/fused", "wrong", "differs")]}, cli.WRONG),
-        ({"rows": [GpuRow(gpu_record.CONTROL, ratio=Interval(1.05, 1.04, 1.06))]}, cli.VOID),
+        ({}, shared.OK),
+        ({"rows": [GpuRow("gpt-1b/fused", "wrong", "differs")]}, shared.WRONG),
+        ({"rows": [GpuRow(gpu_record.CONTROL, ratio=Interval(1.05, 1.04, 1.06))]}, shared.VOID),
     ],
 )
 def test_exit_codes(change: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +219,7 @@ def test_exit_codes(change: dict[str, Any], code: int, tmp_path: Path, monkeypat
 
 
 def test_an_unknown_row_is_wrong_usage() -> None:
-    assert cli.main(["gpu", "-k", "no such row"]) == cli.USAGE
+    assert cli.main(["gpu", "-k", "no such row"]) == shared.USAGE
 
 
 # ---- The page and the README's table

@@ -378,7 +378,7 @@ def test_what_is_no_model_optimizer_or_loss_fn() -> None:
         ({"activation_checkpointing": 0}, "activation_checkpointing must be at least 1"),
         ({"activation_checkpointing": 9}, "the model has no ModuleList or Sequential of that many"),
         ({"callbacks": [object()]}, "must have methods among on_fit_start"),
-        ({"cuda_graph": True}, "cuda_graph=True is not built"),
+        ({"cuda_graph": True}, "cuda_graph=True needs a CUDA device"),
     ],
 )
 def test_options(option: dict[str, Any], text: str) -> None:

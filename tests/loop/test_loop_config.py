@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastloop
-from fastloop import train
+from fastloop import machine, train
 from fastloop.loop.config import ConfigError, build, line_of, options_of, read
 
 TASK = """
@@ -35,6 +35,10 @@ def task(width, samples=32, lr=0.1):
         "train_loader": torch.utils.data.DataLoader(data, 8, shuffle=True),
         "val_loader": torch.utils.data.DataLoader(data, 8),
     }
+
+def with_data(**arguments):
+    parts = task(8, **arguments)
+    return {**parts, "train_loader": parts["train_loader"].dataset}
 
 @dataclasses.dataclass
 class Parts:
@@ -130,6 +134,35 @@ def test_a_dataclass_serves_as_well_as_a_dict() -> None:
     assert training.loop.global_step == 2
 
 
+def test_the_targets_loader_is_rebuilt_with_the_table_loader() -> None:
+    given = build(fastloop.Loop, read({"target": "config_task:task", "arguments": {"width": 8}})).train_loader
+    values = {
+        "target": "config_task:task", "arguments": {"width": 8}, "loader": {"batch_size": 4, "prefetch_factor": "none"},
+        "fit": {"epochs": 1},
+    }  # fmt: skip
+    training = build(fastloop.Loop, read(values))
+    assert (training.train_loader.batch_size, given.batch_size) == (4, 8)
+    assert isinstance(training.train_loader.sampler, torch.utils.data.RandomSampler)
+    training.fit()
+    assert training.loop.global_step == 8
+
+
+def test_a_target_may_return_a_data_set() -> None:
+    training = build(fastloop.Loop, read({"target": "config_task:with_data", "loader": {"batch_size": 16}}))
+    assert [len(y) for _, y in training.train_loader] == [16, 16]
+    with pytest.raises(ConfigError, match="batch_size is not given"):
+        build(fastloop.Loop, read({"target": "config_task:with_data"}))
+
+
+def test_another_fingerprint_warns(caplog: pytest.LogCaptureFixture) -> None:
+    values = {"target": "config_task:task", "arguments": {"width": 8}}
+    here = {"fingerprint": machine.fingerprint(), "on": "2026-01-01"}
+    build(fastloop.Loop, read({**values, "tuned": here}))
+    assert not caplog.records
+    build(fastloop.Loop, read({**values, "tuned": {"fingerprint": "an abacus"}}))
+    assert f"other versions: an abacus, and here {machine.fingerprint()};" in caplog.text
+
+
 def test_from_config_with_parts_of_ones_own_needs_no_target() -> None:
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -196,6 +229,27 @@ WRONG = {  # change of the config: file, line and text of the error
     "a module that is none": ("config_task:", "config_tusk:", r"config.toml:2\] there is no module 'config_tusk'"),
     "a function that is none": (":task", ":tosk", r"config.toml:2\] config_task has no 'tosk'; did you mean 'task'"),
     "a target that is none": (":task", ":number", r"config.toml:2\] config_task:number must be a function"),
+    "a setting of the loader that is none": (
+        "[fit]",
+        "[loader]\nworkers = 2\n[fit]",
+        r"config.toml:18\].*'loader.workers'.*num_workers",
+    ),
+    "a setting of another type": (
+        "[fit]",
+        "[loader]\nnum_workers = 1.5\n[fit]",
+        r"config.toml:18\] loader.num_workers must be an integer",
+    ),
+    "a setting out of range": (
+        "[fit]",
+        "[loader]\nnum_workers = -2\n[fit]",
+        r"config.toml:18\].*num_workers must be .* at least 0",
+    ),
+    "a fingerprint that is none": ("[fit]", "[tuned]\nfingerprint = 3\n[fit]", r"config.toml:18\].*must be a string"),
+    "options that exclude each other": (
+        "log_every = 1",
+        "deterministic = true\ncudnn_benchmark = true",
+        r"config.toml:12\].*another algorithm",
+    ),
     "a wrong logger": ('"csv"', '"json"', r"config.toml:13\].*'json'"),
 }
 
@@ -301,6 +355,9 @@ def test_the_command_trains_and_goes_on(capsys: pytest.CaptureFixture[str]) -> N
         (["nowhere.toml"], "[nowhere.toml] cannot be read"),
         (["config.toml", "--set", "loop.precison=fp32"], "did you mean 'precision'"),
         (["short.toml"], "how long?"),
+        (["config.toml", "--set", "fit.epochs=-1"], "[--set fit.epochs=-1] [Loop] epochs must be an integer of at"),
+        (["config.toml", "--set", "fit.evaluate_every_steps=0"], "evaluate_every_steps must be an integer above 0"),
+        (["config.toml", "--set", "fit.evaluate_ema=true"], "AdamW keeps no moving average"),
         (["config.toml", "--resume", "step-000000007"], "no whole checkpoint 'step-000000007'"),
     ],
 )

@@ -163,3 +163,103 @@ def test_batches_arrive_whole_while_the_device_is_busy() -> None:
     torch.testing.assert_close(
         torch.stack(sums).cpu(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-4
     )
+
+
+# ---- CUDA graphs
+
+GRAPH_OPTIMIZERS = {
+    "fastloop.AdamW": lambda params: fastloop.AdamW(params, lr=1e-2),
+    "fastloop.SGD": lambda params: fastloop.SGD(params, lr=1e-2, momentum=0.9),
+    "torch.AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "torch.SGD": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, fused=True),
+}
+
+
+def graphed(model: nn.Module, make, cuda_graph: bool = True, **options) -> fastloop.Loop:
+    settings = {"schedule": lambda step: 0.9**step, "log_every": 1, "progress": False, "curves": False, **options}
+    return fastloop.Loop(model, make(model.parameters()), loss_of, max_grad_norm=1.0, cuda_graph=cuda_graph, **settings)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", GRAPH_OPTIMIZERS)
+def test_replayed_windows_train_as_eager_ones(optimizer: str, precision: str, accumulation_steps: int) -> None:
+    losses, weights = {}, {}
+    for cuda_graph in (False, True):
+        loop = graphed(
+            model_of(), GRAPH_OPTIMIZERS[optimizer], cuda_graph, precision=precision,
+            accumulation_steps=accumulation_steps,
+        )  # fmt: skip
+        loop.fit(loader_of(), loader_of(), epochs=4)  # each epoch ends with a batch of 4 in place of 8
+        losses[cuda_graph] = torch.tensor([value for _, value in loop.history["train/loss"]])
+        weights[cuda_graph] = torch.cat([p.detach().flatten() for p in loop.model.parameters()])
+    assert loop._graphs.replays >= 4 * (6 // accumulation_steps) - 3
+    # The same kernels; atomics and the algorithms that cuBLAS takes while capturing may round otherwise.
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    torch.testing.assert_close(losses[True], losses[False], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights[True], weights[False], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_a_replay_never_waits_for_the_device() -> None:
+    class Watch:
+        def on_window(self, loop: fastloop.Loop, record) -> None:
+            if record.step == 8:
+                torch.cuda.set_sync_debug_mode("error")
+            elif record.step == 20:
+                torch.cuda.set_sync_debug_mode("default")
+
+    batches = [(b[0].pin_memory(), b[1].pin_memory()) for b in loader_of()][:6]
+    loop = graphed(model_of(), GRAPH_OPTIMIZERS["fastloop.AdamW"], callbacks=[Watch()])
+    try:
+        loop.fit(batches * 5, epochs=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loop._graphs.replays == 27
+
+
+def test_dropout_draws_anew_in_each_replay() -> None:
+    model = model_of(0.5)
+    loop = graphed(model, lambda params: fastloop.SGD(params, lr=0.0), seed=0)
+    x, y = next(iter(loader_of()))
+    loop.fit([(x, y)] * 12, epochs=1)
+    losses = [value for _, value in loop.history["train/loss"]]
+    assert len(set(losses)) == len(losses) == 12
+
+
+def test_a_replay_that_is_not_finite_is_skipped() -> None:
+    x, y = next(iter(loader_of()))
+    data = [(x, y)] * 6 + [(torch.full_like(x, float("nan")), y)] + [(x, y)] * 2
+    model = model_of()
+    loop = graphed(model, GRAPH_OPTIMIZERS["fastloop.AdamW"])
+    loop.fit(data, epochs=1)
+    assert loop._reporter.ledger.skipped == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert loop._graphs.replays == 6
+
+
+def test_a_graph_resumes(tmp_path) -> None:
+    def run(folder: str, max_steps: int | None) -> fastloop.Loop:
+        loop = graphed(
+            model_of(0.3), GRAPH_OPTIMIZERS["fastloop.AdamW"], run_dir=tmp_path / folder, seed=0, save_every_steps=5
+        )
+        loop.fit(loader_of(shuffle=True), epochs=3, max_steps=max_steps)
+        return loop
+
+    whole = run("whole", None)
+    run("parts", 11)
+    parts = run("parts", None)
+    assert whole.global_step == parts.global_step == 21
+    losses = [torch.tensor([v for _, v in loop.history["train/loss"]]) for loop in (whole, parts)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_waits_for_the_device_cannot_be_captured() -> None:
+    def reads(model: nn.Module, batch) -> torch.Tensor:
+        loss = loss_of(model, batch)
+        loss.item()
+        return loss
+
+    model = model_of()
+    loop = fastloop.Loop(model, fastloop.AdamW(model.parameters()), reads, cuda_graph=True, progress=False)
+    with pytest.raises(RuntimeError, match="a window cannot be captured"):
+        loop.fit(loader_of(), epochs=1)

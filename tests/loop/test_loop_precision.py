@@ -244,3 +244,40 @@ def test_an_unknown_precision() -> None:
     model = network()
     with pytest.raises(ValueError, match=r"precision must be one of .*'bf16-pure'.*, got 'bf17'"):
         Loop(model, fastloop.AdamW(model.parameters()), precision="bf17")
+
+
+def configured(**options: Any) -> Loop:
+    model = network()
+    return Loop(model, fastloop.SGD(model.parameters(), lr=0.1), cross_entropy, **options)
+
+
+def test_settings_of_the_process() -> None:
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads()
+    try:
+        configured()
+        assert before == (
+            torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads(),
+        )  # fmt: skip
+        configured(cudnn_benchmark=True, matmul_precision="medium", threads=1)
+        assert torch.backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_num_threads() == 1
+        configured(cudnn_benchmark=False)
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
+        torch.set_num_threads(before[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"matmul_precision": "tf32"}, "matmul_precision must be one of"),
+        ({"threads": 0}, "threads must be an integer above 0"),
+        ({"cudnn_benchmark": True, "deterministic": True}, "leave one of them out"),
+    ],
+)
+def test_settings_that_are_none(options: dict, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        configured(**options)

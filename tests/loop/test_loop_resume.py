@@ -47,7 +47,7 @@ TIMES = ("steps/s", "samples/s", "tokens/s", "data_wait", "memory/host")
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     """Hundreds of short runs: no pictures of them, and no waiting for the disk, which loses no power here."""
-    monkeypatch.setattr("fastloop.loop.loop.plot_curves", lambda run_dir: None)
+    monkeypatch.setattr("fastloop.loop.fitting.plot_curves", lambda run_dir: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ab`: two revisions of a project, built and timed in turn."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastloop.bench import report, stats
+from fastloop.bench.commands.shared import EXIT_CODES, USAGE, VOID, fail, progress, style
+from fastloop.bench.regression import ab, builds, html, markdown, record, revisions
+from fastloop.bench.stats import Verdict
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("ab", help="compare two revisions, built and timed in turn", epilog=EXIT_CODES)
+    parser.add_argument("--base", required=True, metavar="REF", help="the revision to compare with")
+    parser.add_argument("--head", metavar="REF", help="default: the working tree as it is")
+    parser.add_argument("--cases", metavar="MODULE", help="module or file of cases; default: fastloop's own")
+    parser.add_argument("-k", dest="pattern", metavar="PATTERN", help="part of a case's name, or a shell pattern")
+    parser.add_argument(
+        "--pairs", type=pairs, default=stats.PAIRS, metavar="N,N,...",
+        help="counts of pairs after which a decided case is done; default: 20,40,80",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=ab.SECONDS, metavar="S", help="for measuring; default: %(default)g"
+    )
+    parser.add_argument("--no-rerun", action="store_true", help="what looks changed then stays INCONCLUSIVE")
+    parser.add_argument("--no-install", action="store_true", help="import the sources, without pip install")
+    parser.set_defaults(run=_ab)
+
+
+def pairs(text: str) -> tuple[int, ...]:
+    """Counts of pairs, rising. Raises argparse.ArgumentTypeError."""
+    try:
+        counts = tuple(int(each) for each in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or counts[0] < ab.ROUND_PAIRS or list(counts) != sorted(set(counts)):
+        raise argparse.ArgumentTypeError(f"wanted rising counts from {ab.ROUND_PAIRS} on, e.g. 20,40,80, got {text!r}")
+    return counts
+
+
+def _ab(console: Console, args: argparse.Namespace) -> int:
+    asked = revisions.Asked(
+        args.base,
+        args.head,
+        args.cases,
+        args.pattern,
+        args.pairs,
+        not args.no_rerun,
+        not args.no_install,
+        args.seconds,
+    )
+    try:
+        with progress() as tell:
+            found = revisions.run(asked, args.output.parent / "builds", tell)
+    except (ab.NoCases, revisions.WrongUse) as error:
+        fail(error)
+        return USAGE
+    except builds.BuildError as error:
+        fail(error)
+        return VOID
+    console.print(changes_table(found))
+    folder = args.output / "ab"
+    record.save(found, folder / "result.json")
+    (folder / "report.md").write_text(markdown.render(found), encoding="utf-8")
+    (folder / "report.html").write_text(html.render(found), encoding="utf-8")
+    console.print(Text(f"{found.seconds:.0f} s; report.md, report.html and result.json are in {folder}"))
+    for note in found.notes:
+        fail(note)
+    return found.exit_code()
+
+
+def changes_table(found: record.Report) -> Table:
+    """A line for each case."""
+    title = f"{found.head} over {found.base}: head's time / base's"
+    table = Table("case", "verdict", "median", "98 % interval", "rerun", "pairs", "note", title=title)
+    for each in found.changes:
+        verdict = "WRONG RESULT" if each.wrong else each.verdict.value if each.verdict else "-"
+        if each.control and each.verdict is Verdict.PASS:
+            verdict = "quiet"
+        table.add_row(
+            each.case,
+            Text(verdict, style="bold red" if each.wrong else style(each.verdict)),
+            f"{each.interval.median:.3f}" if each.interval else "",
+            report.interval(each.interval) if each.interval else "",
+            f"{each.rerun.median:.3f}" if each.rerun else "",
+            str(each.pairs or ""),
+            Text(each.note),
+        )
+    return table

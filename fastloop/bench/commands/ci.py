@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ci`: what a pull request must not make worse."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastloop.bench import report as tables
+from fastloop.bench.commands.ab import changes_table
+from fastloop.bench.commands.shared import EXIT_CODES, NO_BASELINE, OUTPUT, USAGE, VOID, fail, progress, style
+from fastloop.bench.regression import builds, ci, html, markdown, record, words
+from fastloop.bench.regression.ab import NoCases
+from fastloop.bench.regression.evidence import CountingError, NoEvidence
+from fastloop.bench.regression.floors import NoFloors
+from fastloop.bench.regression.revisions import WrongUse
+
+NOTE = 160  # characters of a note that a table shows; the files have all of it
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "ci", help="for pull requests: counts, ratios against floors, and the base revision", epilog=EXIT_CODES
+    )
+    parser.add_argument("--base", metavar="REF", help="also compare with this revision")
+    parser.add_argument("--cases", metavar="MODULE", help="module or file of cases; default: fastloop's own")
+    parser.add_argument("--floors", type=Path, metavar="FILE", help=f"default: {ci.FLOORS}")
+    parser.add_argument("--evidence", type=Path, metavar="FILE", help=f"default: {ci.EVIDENCE}")
+    parser.add_argument("--update", action="store_true", help="write the counts into the file of evidence")
+    # argparse would set the default here over what stands before the command.
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=f"default: {OUTPUT}/ci")
+    parser.set_defaults(run=_ci)
+
+
+def _ci(console: Console, args: argparse.Namespace) -> int:
+    folder = args.output / "ci" if args.output == OUTPUT else args.output
+    request = ci.Request(args.base, args.cases, args.floors, args.evidence, args.update)
+    try:
+        with progress() as tell:
+            found = ci.Guard(request, tell).run()
+    except (NoEvidence, NoFloors) as error:
+        fail(error)
+        return NO_BASELINE
+    except (NoCases, WrongUse) as error:
+        fail(error)
+        return USAGE
+    except (builds.BuildError, CountingError) as error:
+        fail(error)
+        return VOID
+    show(console, found)
+    write(found, folder)
+    console.print(Text(f"{found.seconds:.0f} s; report.md, report.html and result.json are in {folder}"))
+    return found.exit_code(void=0)
+
+
+def write(found: record.Report, folder: Path) -> None:
+    """The three files."""
+    record.save(found, folder / "result.json")
+    (folder / "report.md").write_text(markdown.render(found), encoding="utf-8")
+    (folder / "report.html").write_text(html.render(found), encoding="utf-8")
+
+
+def show(console: Console, found: record.Report) -> None:
+    """Tables, notes, and the verdict last."""
+    counts = Table("case", "count", "", "value", "allowed", "base", "note", title="counts", title_justify="left")
+    for each in sorted(found.counts, key=lambda count: not count.failed):
+        look = "bold red" if each.failed else "dim" if each.value is None else ""
+        numbers = map(words.number, (each.value, each.allowed, each.base))
+        counts.add_row(
+            Text(each.case), each.what, Text(words.outcome(each), look), *numbers, Text(words.clean(each.note, NOTE))
+        )
+    console.print(counts)
+    if found.ratios:
+        console.print(ratios_table(found))
+    if found.changes:
+        console.print(changes_table(found))
+    for note in found.notes:
+        console.print(Text(note))
+    headline = words.headline(found, str, str)
+    console.print(Text(f"{headline.word}: {headline.text}"))
+
+
+def ratios_table(found: record.Report) -> Table:
+    """A line for each ratio."""
+    table = Table(
+        "case", "against", "verdict", "ratio", "98 % interval", "floor", "note",
+        title="the peer's time over ours", title_justify="left",
+    )  # fmt: skip
+    for each in found.ratios:
+        verdict = "WRONG RESULT" if each.wrong else each.verdict.value if each.verdict else "-"
+        table.add_row(
+            Text(each.case),
+            Text(each.peer),
+            Text(verdict, style="bold red" if each.wrong else style(each.verdict)),
+            words.factor(each.interval.median) if each.interval else "",
+            tables.interval(each.interval) if each.interval else "",
+            f"{each.floor:g}" if each.floor else "",
+            Text(words.clean(each.note, NOTE)),
+        )
+    return table
