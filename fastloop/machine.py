@@ -65,14 +65,38 @@ def cpu_model(proc: Path = PROC) -> str:
 
 
 def gpu_model(proc: Path = PROC) -> str:
-    """The first GPU's name, "none" without one. CUDA is not started for it: a process that has may not fork."""
+    """The name of CUDA's first GPU, from NVML or else /proc; "none" without one.
+
+    CUDA is not started for it: a process that has may not fork.
+    """
     if torch.cuda.device_count() == 0:
         return "none"
+    if proc == PROC and (name := _name_of_nvml()) is not None:
+        return name
     for path in sorted(proc.glob("driver/nvidia/gpus/*/information")):
         for line in _text(path).splitlines():
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
     return "unknown GPU"
+
+
+def _name_of_nvml() -> str | None:
+    """None where NVML, or its module, is not there, or which device CUDA's first one is cannot be told."""
+    try:
+        import pynvml
+
+        from fastloop.monitor.nvidia import locate
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            name = pynvml.nvmlDeviceGetName(locate(pynvml, 0)[0])
+        finally:
+            pynvml.nvmlShutdown()
+    except (pynvml.NVMLError, RuntimeError):
+        return None
+    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def fingerprint() -> str:

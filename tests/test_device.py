@@ -276,13 +276,20 @@ def test_norm_and_skips_are_tensors_of_the_device(device_backend):
 
 def test_a_momentum_buffer_of_a_skipped_first_step_is_not_saved(device_backend):
     params = parameters([(5,)])
-    opt = fastloop.SGD(params, lr=0.1, momentum=0.9, dampening=0.5, max_grad_norm=1.0, backend=device_backend)
+    settings = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "max_grad_norm": 1.0, "backend": device_backend}
+    opt = fastloop.SGD(params, **settings)
     set_grads(params)
     params[0].grad[0] = math.inf
     opt.step()
     assert "momentum_buffer" not in opt.state_dict()["state"].get(0, {})
     set_grads(params)
-    checked_step(opt)  # the first one
+    others = [p.detach().clone().requires_grad_() for p in params]
+    others[0].grad = params[0].grad.clone()
+    loaded = fastloop.SGD(others, **settings)
+    loaded.load_state_dict(opt.state_dict())
+    checked_step(loaded)  # the first one
+    opt.step()  # and here, where the buffer is there and holds nothing
+    assert torch.equal(params[0], others[0])
     assert "momentum_buffer" in opt.state_dict()["state"][0]
 
 

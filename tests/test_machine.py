@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,3 +94,33 @@ def test_a_gpu_is_named_without_starting_cuda(monkeypatch: pytest.MonkeyPatch, t
     folder.mkdir(parents=True)
     (folder / "information").write_text("Model: \t\t NVIDIA Thing\nIRQ:   5\n")
     assert machine.gpu_model(tmp_path) == "NVIDIA Thing"
+
+
+def test_cudas_first_gpu_is_named_by_nvml_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml(ModuleType):
+        NVMLError = type("NVMLError", (Exception,), {})
+        names = ("NVIDIA One", "NVIDIA Two")
+
+        def nvmlInit(self) -> None: ...
+
+        def nvmlShutdown(self) -> None: ...
+
+        def nvmlDeviceGetCount(self) -> int:
+            return len(self.names)
+
+        def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+            return number
+
+        def nvmlDeviceGetName(self, handle: int) -> bytes:
+            return self.names[handle].encode()
+
+        def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:
+            return 0, 0
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.gpu_model() == "NVIDIA Two"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")  # which is that is not known
+    assert machine.gpu_model() not in Nvml.names

@@ -101,6 +101,14 @@ def _controls(before: File, after: File) -> list[str]:
     return [name for name, times in after.times.items() if times.control and name in before.times]
 
 
+def _confirming(before: File, confirm: File) -> Mapping[str, Times]:
+    """What a second run may confirm: nothing without a control that ran and did not move."""
+    enough = {name: times for name, times in confirm.times.items() if len(times.seconds) >= FEWEST_ROUNDS}
+    if _void(before, confirm) or not any(name in enough for name in _controls(before, confirm)):
+        return {}
+    return enough
+
+
 def _change(before: File, after: File, name: str) -> Interval:
     return change_of(before.times[name], after.times[name])
 
@@ -115,7 +123,9 @@ def _judge(before: Times, after: Times, again: Times | None, control: bool) -> J
         note = 'looks changed, and no control says that the machine did not: mark one with extra_info["control"]'
         return Judgement(after.name, Verdict.INCONCLUSIVE, change, note=note)
     if again is None:
-        note = "looks changed, but no second run of B says so: pass --confirm FILE"
+        note = (
+            f"looks changed, but no second run of B, with a control and {FEWEST_ROUNDS} rounds, says so: --confirm FILE"
+        )
         return Judgement(after.name, Verdict.INCONCLUSIVE, change, note=note)
     rerun = change_of(before, again)
     return Judgement(after.name, stats.verdict(change, rerun), change, rerun)
@@ -124,7 +134,7 @@ def _judge(before: Times, after: Times, again: Times | None, control: bool) -> J
 def compare(before: File, after: File, confirm: File | None = None) -> list[Judgement]:
     """Judge every benchmark of `after`; `confirm`: a second run of the same code."""
     void = _void(before, after)
-    again: Mapping[str, Times] = {} if confirm is None or _void(before, confirm) else confirm.times
+    again = {} if confirm is None else _confirming(before, confirm)
     control, judgements = bool(_controls(before, after)), []
     for name, times in after.times.items():
         if name not in before.times:

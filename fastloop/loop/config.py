@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from fastloop import machine, schedules
 from fastloop.loop.loader import LoaderSettings, with_settings
@@ -364,8 +364,11 @@ def build(
 
 
 def _loaded(config: Config, given: Any, settings: Mapping[str, Any]) -> Any:
-    """The target's train_loader, loaded as [loader] says; a data set needs that table, others may do without."""
-    if not settings and not isinstance(given, Dataset):
+    """The target's train_loader, loaded as [loader] says.
+
+    A data set with an index needs that table; others may do without, and one that is iterable gives ready batches then.
+    """
+    if not settings and (not isinstance(given, Dataset) or isinstance(given, IterableDataset)):
         return given
     try:
         return with_settings(given, settings)

@@ -177,19 +177,24 @@ class Fitting(Running):
 
     def _evaluate_now(self) -> None:
         if self._evaluator is None or self._evaluated_at == self.global_step:
+            self._owes_evaluation = False  # nobody who could pay it: a run that goes on must not pay at a later step
             return
         before = [
             (generator, generator.get_state()) for generator in ([] if self._feed is None else self._feed.generators)
         ]
+        earlier = self._evaluated_at, self._owes_evaluation
+        self._evaluated_at, self._owes_evaluation = self.global_step, False  # now: a callback of it may save
         try:
             self._evaluator()
         except evaluation.Interrupted:  # as if it had not begun; the run that goes on makes it first
             for generator, state in before:
                 generator.set_state(state)
-            self._owes_evaluation = True
+            self._evaluated_at, self._owes_evaluation = earlier[0], True
             self.stop_reason = "a signal" if self._signals.stop is None else self._signals.stop.name
             return
-        self._evaluated_at, self._owes_evaluation = self.global_step, False
+        except BaseException:
+            self._evaluated_at, self._owes_evaluation = earlier
+            raise
         for metric in self.monitors:
             if metric not in self._last_metrics and metric.partition("/")[0] in ("val", "train", metric):
                 raise ValueError(

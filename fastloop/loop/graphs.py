@@ -12,9 +12,10 @@ Python runs at the capture alone. What it decides is decided then; what it reads
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from fastloop.loop.backward import Backward
 from fastloop.loop.core import TAKEN, Window
 from fastloop.loop.data import _map, samples_in
 from fastloop.loop.forward import forward_backward
-from fastloop.loop.update import Scalar
+from fastloop.loop.update import Scalar, _lacks_momentum
 from fastloop.optim.base import FusedOptimizer
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 DEVICES = ("cuda",)
 WARM_UP = 3  # windows of a shape before it is captured, as torch's notes on CUDA graphs advise
 WATCHED = 100  # windows after which few replays are worth a warning
+FEW = 10  # replays of a graph: below that its capture was not worth it
+WASTED = 3  # such graphs in a row, after which no more are captured
 
 Result = tuple[list[Scalar], Scalar, Scalar]  # totals, gradient norm, skipped
 
@@ -80,19 +83,31 @@ class CudaGraph:
         self._result: Any = None
 
     def capture(self, function: Callable[[], Any]) -> None:
+        before = torch.cuda.current_stream(self._device)
         # A loader's thread may pin memory meanwhile, which in the default mode would end the capture.
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = function()
+        graph = torch.cuda.graph(self._graph, stream=_side_stream(self._device), capture_error_mode="thread_local")
+        try:
+            with torch.cuda.device(self._device), graph:
+                self._result = function()
+        except BaseException:
+            torch.cuda.set_stream(before)  # ending a capture that failed raises before torch sets it back
+            raise
 
     def replay(self) -> Any:
         self._graph.replay()
         return self._result
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for warm-up and capture: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def on_side_stream(device: torch.device) -> Iterator[None]:
     """What warms up for a capture must not run on the default stream."""
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)
     try:
         with torch.cuda.stream(side):
@@ -110,45 +125,90 @@ class Graphs:
 
     def __init__(self, loop: Fitting) -> None:
         self._loop = loop
+        self._graph: CudaGraph | None = None
+        self._earlier_plans: tuple[Any, ...] = ()  # of a fastloop optimizer: those that graphs of others address
         self.begin()
 
     def begin(self) -> None:
         """Of a run, or after a load: states and settings may be others, and everything is captured anew."""
-        self._graph: CudaGraph | None = None
-        self._rates: list[Tensor] = []  # that the graph reads
-        self._shape: Any = None
-        self._batches: list[Any] = []  # that the graph reads
-        self._settings: Any = None
-        self._seen: dict[Any, int] = {}  # windows by shape, while there is no graph
+        self.end()
+        self._wasted = 0  # graphs in a row that were dropped after few replays
+        self._lacks_momentum = False
         self.windows = self.replays = 0
         if self._loop.device.type == "cuda":
             _make_capturable(self._loop.optimizer)
+
+    def end(self) -> None:
+        """Of a run: the graph goes, and what it has in memory; how often it was replayed stays."""
+        self._drop()
+        self._batches: list[Any] = []  # that the graph reads
+        self._shape: Any = None
+        self._settings: Any = None
+
+    def _drop(self) -> None:
+        """The graph, and what the optimizer has kept for it."""
+        graph, self._graph = self._graph, None
+        self._rates: list[Tensor] = []  # that the graph reads
+        self._filled: list[Any] = []  # what they hold
+        self._seen: dict[Any, int] = {}  # windows by shape, while there is no graph
+        self._replays_of_graph = 0
+        self._plan: Any = None  # of a fastloop optimizer, which knows the addresses of its states
+        self._states: list[Tensor] = []  # whose addresses the graph has
+        if graph is None:
+            return
+        if self._loop.device.type == "cuda":
+            with suppress(RuntimeError):  # of a device that is lost; its error is on its way already
+                torch.cuda.synchronize(self._loop.device)
+        optimizer = self._loop.optimizer
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._forget_plan()
+            optimizer._captured_plans = self._earlier_plans
 
     def run(self, window: Window) -> None:
         """Train on a window and step."""
         loop = self._loop
         batches = list(window)
         self.windows += 1
-        if self.windows == WATCHED and self.replays < WATCHED // 2:
+        if self.windows == WATCHED and self.replays < WATCHED // 2 and self._wasted < WASTED:
             logger.warning(
                 "cuda_graph=True: only %d of %d windows were replayed, since shapes of batches or settings of the "
                 "optimizer change; pad the batches to one shape, or leave cuda_graph out", self.replays, WATCHED,
             )  # fmt: skip
         shape = None if len(batches) < loop.accumulation_steps else _shape(batches)
-        if self._graph is not None and self._settings != _settings(loop.optimizer):
-            self._graph, self._rates, self._seen = None, [], {}
-        if shape is None or (self._graph is not None and shape != self._shape):
+        if self._graph is not None and not self._holds():
+            self._wasted = self._wasted + 1 if self._replays_of_graph < FEW else 0
+            if self._wasted == WASTED:
+                logger.warning(
+                    "cuda_graph=True: settings of the optimizer change every few windows, as the betas do with "
+                    "cycle_momentum=True of a scheduler; the run goes on without a graph, leave one of them out"
+                )
+            self._drop()
+        if shape is None or self._wasted >= WASTED or (self._graph is not None and shape != self._shape):
             self._eager(window, batches)
         elif self._graph is None and self._warm(shape) < WARM_UP:
             self._fill_rates()
             with on_side_stream(loop.device):
                 result = self._trained(window, batches)
-            self._seen[shape] += 1
+            self._seen[shape] += not self._lacks_momentum
             self._count(window, result)
         else:
             if self._graph is None:
                 self._capture(shape, batches)
             self._replay(window, batches)
+
+    def _holds(self) -> bool:
+        """Whether the graph is still one of this optimizer: of its settings and of the tensors that it has."""
+        optimizer = self._loop.optimizer
+        if self._settings != _settings(optimizer):
+            return False
+        plan = optimizer.__dict__.get("_plan")
+        if plan is not None and plan is self._plan:
+            return True  # of no other states
+        states = _states(optimizer)
+        if len(states) != len(self._states) or any(a is not b for a, b in zip(states, self._states, strict=True)):
+            return False
+        self._plan = plan  # made anew over the same states
+        return True
 
     def _warm(self, shape: Any) -> int:
         if len(self._seen) > WATCHED:
@@ -170,19 +230,24 @@ class Graphs:
         self._batches = [_map(batch, torch.empty_like) for batch in batches]
         self._fill(batches)
         self._fill_rates()
+        optimizer = loop.optimizer
+        self._earlier_plans = getattr(optimizer, "_captured_plans", ())
+        _sync_masters(optimizer)
         graph = CudaGraph(loop.device)
         try:
             graph.capture(self._window)
         except (RuntimeError, TypeError) as error:
             raise RuntimeError(
-                f"[Loop] cuda_graph=True: a window cannot be captured ({error}); what waits for the device, as .item() "
-                "does, has to go from the model and loss_fn, or cuda_graph from the options"
+                f"[Loop] cuda_graph=True: a window cannot be captured ({error.__context__ or error}); what waits for "
+                "the device, as .item() does, has to go from the model and loss_fn, or cuda_graph from the options; "
+                "then start a new process, since CUDA may be unusable in this one"
             ) from error
         finally:
             loop._window, loop._updating = None, False  # nothing has run on the device
             loop._clear_gradients()
-        self._graph, self._shape, self._settings = graph, shape, _settings(loop.optimizer)
-        self._seen = {}
+        self._graph, self._shape, self._settings = graph, shape, _settings(optimizer)
+        self._plan, self._states = optimizer.__dict__.get("_plan"), _states(optimizer)
+        self._seen, self._replays_of_graph = {}, 0
 
     def _window(self) -> Result:
         """What is captured: a window on the static batches, with nothing of the loop's bookkeeping."""
@@ -201,6 +266,7 @@ class Graphs:
         with self._rates_in_groups():
             self._forward_backward(window, batches)
             result = self._loop._update_weights(window)
+        self._lacks_momentum = _lacks_momentum(self._loop.optimizer)
         self._loop._clear_gradients()
         return result
 
@@ -209,12 +275,12 @@ class Graphs:
         assert graph is not None
         self._fill(batches)
         self._fill_rates()
+        _sync_masters(loop.optimizer)
         loop._updating = True
-        totals, norm, skipped = graph.replay()
-        # The next replay writes over them.
-        *totals, norm, skipped = [v.clone() if isinstance(v, Tensor) else v for v in (*totals, norm, skipped)]
-        self._count(window, (totals, norm, skipped))
+        # The next replay writes over what this one returns, once the outbox has copied it on the same stream.
+        self._count(window, graph.replay())
         self.replays += 1
+        self._replays_of_graph += 1
 
     def _count(self, window: Window, result: Result) -> None:
         """What `step` does after the update."""
@@ -234,8 +300,10 @@ class Graphs:
             if i == len(self._rates):
                 own = isinstance(lr, Tensor) and lr.device == self._loop.device  # the user's: the schedule fills it
                 self._rates.append(lr if own else torch.empty((), dtype=dtype, device=self._loop.device))
-            if lr is not self._rates[i]:
+                self._filled.append(None)
+            if lr is not self._rates[i] and (isinstance(lr, Tensor) or lr != self._filled[i]):
                 self._rates[i].fill_(lr)
+                self._filled[i] = None if isinstance(lr, Tensor) else lr
 
     @contextmanager
     def _rates_in_groups(self) -> Iterator[None]:
@@ -264,6 +332,18 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = step.to(p.device, torch.float32)
     if isinstance(optimizer, FusedOptimizer):
         optimizer._forget_plan()
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of an optimizer whose addresses a graph has."""
+    found = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return [*found, *getattr(optimizer, "_device_counts", {}).values()]
+
+
+def _sync_masters(optimizer: torch.optim.Optimizer) -> None:
+    """Master weights follow parameters that somebody wrote, as in a step that Python runs."""
+    if isinstance(optimizer, FusedOptimizer) and (optimizer._master_versions is None or optimizer._masters_moved()):
+        optimizer._sync_masters()
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -15,6 +15,9 @@ from fastloop.loop.seeded import SeededDataset
 from fastloop.loop.signals import ShieldedInit
 from fastloop.loop.strategy import Ranks
 
+# What a subclass of DataLoader may do in its own way, and a DataLoader built anew would not.
+BEHAVIOUR = ("__iter__", "_get_iterator", "__len__", "set_epoch", "state_dict", "load_state_dict")
+
 
 @dataclass(frozen=True)
 class LoaderSettings:
@@ -138,15 +141,16 @@ def _class_of(loader: DataLoader[Any]) -> type[DataLoader[Any]]:
     """DataLoader, or torchdata's that keeps its place.
 
     Raises:
-        TypeError: a class with an iteration of its own, which a DataLoader in its place would lose.
+        TypeError: a class with a behaviour of its own, which a DataLoader in its place would lose.
     """
     for cls in type(loader).__mro__:
-        if cls.__name__ == "StatefulDataLoader" and cls.__module__.startswith("torchdata."):
+        if cls is DataLoader or (cls.__name__ == "StatefulDataLoader" and cls.__module__.startswith("torchdata.")):
             return cls
-        if cls is not DataLoader and issubclass(cls, DataLoader) and {"__iter__", "_get_iterator"} & vars(cls).keys():
+        own = [name for name in BEHAVIOUR if name in vars(cls)]
+        if own:
             raise TypeError(
-                f"[loader] {type(loader).__name__} iterates in its own way, which a DataLoader with other settings "
-                "would lose; return a torch.utils.data.DataLoader, or give the settings where it is made"
+                f"[loader] {type(loader).__name__} has {' and '.join(own)} of its own, which a DataLoader with other "
+                "settings would lose; return a torch.utils.data.DataLoader, or give the settings where it is made"
             )
     return DataLoader
 

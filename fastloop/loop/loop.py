@@ -268,5 +268,5 @@ class Loop(Fitting):
         called = distributed.spread(self.strategy, model, self.optimizer, self.ranks)
         modes.give_masters(inner, self.optimizer, masters)
         if compile:
-            inner.compile()
+            modes.compile_in_place(inner)
         return called

@@ -88,6 +88,20 @@ def to_pure_bf16(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return before
 
 
+def compile_in_place(model: nn.Module) -> None:
+    """As `model.compile()`, for containers too.
+
+    torch.compile passes over frames of torch's own, nn.Sequential's forward among them, and compiles nothing then. A
+    frame of ours around the call is one that it takes.
+    """
+    call = model._call_impl
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    model._compiled_call_impl = torch.compile(forward)
+
+
 def _inputs_in_bf16(module: nn.Module, args: Any, kwargs: Any) -> Any:
     del module
     return _map((args, kwargs), lambda t: t.to(torch.bfloat16) if t.dtype == torch.float32 else t)

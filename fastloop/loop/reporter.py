@@ -99,11 +99,13 @@ class Reporter:
 
     def end(self, waited: float, failed: bool) -> None:
         """After the last window, or an error; `waited` is the seconds for the loader in all."""
-        if self._usage is not None:
-            self._usage.end(waited, failed)
-        self._progress.close()
-        self.close()
-        self._rank_log.close()
+        try:
+            if self._usage is not None:
+                self._usage.end(waited, failed)  # first: what it warns of is for the log of the rank too
+        finally:
+            self._progress.close()
+            self.close()
+            self._rank_log.close()
 
     def close(self) -> None:
         """Close the loggers, until the next row."""

@@ -89,6 +89,7 @@ class Running(Stateful):
             random_state.restore(self._position.now, feed.generators)
         self._evaluate_now()
         if self._between_epochs:
+            self._call_at_epoch_end()
             self._position = feed.position_before(self.epoch)
         if self._improved:
             self._saver.save(self._boundary_position(), "best")
@@ -142,6 +143,8 @@ class Running(Stateful):
                 gc.enable()
             with suppress(Exception):  # rows of steps that are done, whatever ended the run
                 self._reporter.take(all_of_them=self.ranks.size == 1, only_ready=self.ranks.size > 1)
+            if self._graphs is not None:
+                self._graphs.end()
             self._active = False
             self._position = self._boundary_position()  # also where the loop was left in the middle
             feed.close()
@@ -204,14 +207,19 @@ class Running(Stateful):
         self.epoch = feed.epoch + 1
         self._position, self._between_epochs = Position(self.epoch), True
         self._evaluate_now()
-        for callback in self._on["on_epoch_end"]:
-            callback(self)
+        self._call_at_epoch_end()
         gc.collect()
         if self._saver.due_after(self.epoch):
             self._saver.save(self._position_now(feed), "epoch")
         elif self._improved:
             self._saver.save(self._position_now(feed), "best")
         self._improved = False
+
+    def _call_at_epoch_end(self) -> None:
+        """The callbacks, once the epoch's evaluation is there: one that a signal has cut short is owed first."""
+        if not self._owes_evaluation:
+            for callback in self._on["on_epoch_end"]:
+                callback(self)
 
     def _finish(self, feed: Feed) -> None:
         """The end of the run, or of this part of it."""

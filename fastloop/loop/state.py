@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastloop.loop import documents
 from fastloop.loop.manifest import Checkpoint
 
-NO_SETTINGS = ("params", "param_names")
+# What groups say of the run that they are in. A loop with cuda_graph sets "capturable", which would slow one without.
+NO_SETTINGS = ("params", "param_names", "capturable")
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -138,6 +139,15 @@ def load_optimizer(
         for saved, mine in zip(rest["groups"], own, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def as_captured(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict of an optimizer, with what `optimizer` itself says of "capturable"."""
+    groups, own = saved["param_groups"], optimizer.param_groups
+    if len(groups) != len(own):
+        return saved  # torch raises its own error
+    mine = [{"capturable": group["capturable"]} if "capturable" in group else {} for group in own]
+    return {**saved, "param_groups": [{**group, **kept} for group, kept in zip(groups, mine, strict=True)]}
 
 
 def _target(param: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

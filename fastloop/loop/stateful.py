@@ -18,6 +18,7 @@ from fastloop.loop.core import Core
 from fastloop.loop.data import Feed, Position
 from fastloop.loop.rates import Rates
 from fastloop.loop.reporter import Reporter
+from fastloop.loop.state import as_captured
 from fastloop.loop.watch import EarlyStopping
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Stateful(Core):
         saver.check_version(state["loop"])
         self._reporter.take(all_of_them=True)
         distributed.unwrapped(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(as_captured(self.optimizer, state["optimizer"]))
         self._load_progress(state["loop"])
         self._position = Position(**state["loop"]["position"])
         self._continue(f"goes on from a state_dict, step {self.global_step}")

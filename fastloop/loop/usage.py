@@ -38,7 +38,7 @@ class Usage:
     def _made(self) -> Any:
         from fastloop.monitor import Monitor
 
-        return Monitor(self._interval, device=self._device if self._device.type == "cuda" else None)
+        return Monitor(self._interval, device=self._device)
 
     def row(self) -> dict[str, Any]:
         """The latest sample; None is what the machine does not say. {} before the first."""

@@ -58,9 +58,12 @@ def _by_uuid(nvml: Any, uuid: str) -> Any:
     try:
         return nvml.nvmlDeviceGetHandleByUUID(uuid)
     except nvml.NVMLError:
-        count = nvml.nvmlDeviceGetCount()
-    handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(count)]
-    alike = [handle for handle in handles if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(uuid)]
+        alike = []
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        alike = [handle for handle in handles if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(uuid)]
+    except nvml.NVMLError as error:  # of one that this process may not see, say
+        raise NotKnown(f"NVML finds no device of UUID {uuid}: {error}") from error
     if len(alike) != 1:
         raise NotKnown(f"NVML has {len(alike)} devices of UUID {uuid}")
     return alike[0]
@@ -94,10 +97,10 @@ def locate(nvml: Any, index: int) -> tuple[Any, bool, bool]:
 
     CUDA tells its UUID once it runs; before that CUDA_VISIBLE_DEVICES and the order of the devices say which it is.
     """
-    entry = _visible(index)
+    final = torch.cuda.is_initialized()
+    entry = None if final else _visible(index)  # which may have changed since CUDA read it
     if entry is not None and entry.startswith("MIG-"):
         return nvml.nvmlDeviceGetHandleByUUID(entry), True, True
-    final = torch.cuda.is_initialized()
     if final:
         uuid = str(torch.cuda.get_device_properties(index).uuid)
         try:

@@ -23,10 +23,18 @@ class LoadableOptimizer(StatefulOptimizer):
 
         SGD's momentum buffers of parameters whose every step was skipped are left out.
         """
-        if not self._counts_steps and self._device_counts:
-            self._drop_unused_states()
         saved = super().state_dict()
-        return self._with_steps_on_the_cpu(saved) if self._counts_steps else saved
+        if self._counts_steps:
+            return self._with_steps_on_the_cpu(saved)
+        return self._without_unused_states(saved) if self._device_counts else saved
+
+    def _without_unused_states(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer keeps them: a plan, or a graph that was captured, may have their addresses."""
+        state = dict(saved["state"])
+        for index, _, names in self._unused_states():
+            if index in state:
+                state[index] = {key: value for key, value in state[index].items() if key not in names}
+        return {**saved, "state": state}
 
     def _with_steps_on_the_cpu(self, saved: dict[str, Any]) -> dict[str, Any]:
         """torch's own optimizers read a count on a GPU once for each parameter and step, unless they are told."""

@@ -156,13 +156,16 @@ class StatefulOptimizer(Optimizer):
 
     def _drop_unused_states(self) -> None:
         """Without a count in the state, a buffer is what says that a first step has been done."""
+        for _, p, names in self._unused_states():
+            for name in names:
+                self.state[p].pop(name, None)
+
+    def _unused_states(self) -> list[tuple[int, Tensor, tuple[str, ...]]]:
+        """Number, parameter and names of states that no step has used yet."""
         done = {} if self._plan is None else self._plan.steps_done()
         done.update(numbers(self._device_counts))
-        for group in self.param_groups:
-            for p in group["params"]:
-                if done.get(id(p)) == 0:
-                    for name in self._state_names(group):
-                        self.state[p].pop(name, None)
+        members = ((p, group) for group in self.param_groups for p in group["params"])
+        return [(i, p, self._state_names(group)) for i, (p, group) in enumerate(members) if done.get(id(p)) == 0]
 
     @property
     def skipped_steps(self) -> Tensor:

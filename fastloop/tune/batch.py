@@ -246,21 +246,30 @@ class _Sizes:
         if present.status != trial.OK:
             report.findings.append(f"The present settings do not run ({present.status}): there is no gain to measure.")
             return
-        if self.session.left() <= 0:
-            report.findings.append("The budget was spent before the paired run; rates of single trials were compared.")
-            return
         key = (best.settings["batch_size"], best.settings["accumulation_steps"])
-        made, outcome = self.session.try_out(
-            {}, COMPARE, {"a": self.now, "b": key, "seconds": min(self.pair_seconds, self.session.left())}, add=False
-        )
-        if outcome.status != trial.OK:
-            report.findings.append(f"The paired run ended early ({made.reason or made.status}): the gain is not known.")
-            return
-        report.gain = Interval(**outcome.result["gain"])
         asked = key[0] * key[1] != self.now[0] * self.now[1]
         needed = asked or not self._fits(present) or self.now[0] > (self._cap() or self.now[0])
-        if not needed and not (report.gain.low > 1.0 and report.gain.median > 1 + SAME_RATE):
+        report.gain = self._gain_over_present(key)
+        won = report.gain is not None and report.gain.low > 1.0 and report.gain.median > 1 + SAME_RATE
+        if not needed and not won:
             report.best, report.keep, report.loader, report.loop = present, True, {}, {}
+
+    def _gain_over_present(self, key: Key) -> Interval | None:
+        """None where the paired run could not be made; a finding says so."""
+        findings, left = self.report.findings, self.session.left()
+        if left <= 0:
+            findings.append("The budget was spent before the paired run: the gain is not known.")
+            self.session.conclusive = False
+            return None
+        seconds = min(self.pair_seconds, left, 0.5 * self.session.timeout)
+        made, outcome = self.session.try_out({}, COMPARE, {"a": self.now, "b": key, "seconds": seconds}, add=False)
+        if outcome.status != trial.OK:
+            findings.append(f"The paired run ended early ({made.reason or made.status}): the gain is not known.")
+            self.session.conclusive = False
+            return None
+        if self.session.target.options.get("cuda_graph"):
+            findings.append("The paired run was without cuda_graph on both sides: a loop keeps a graph of one shape.")
+        return Interval(**outcome.result["gain"])
 
 
 def _as_fast(present: Trial, other: Trial) -> bool:

@@ -12,15 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastloop import machine
 from fastloop.tune.report import Report
 from fastloop.tune.target import Target
 
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 FOLDER = Path(".fastloop") / "tune"
 
 
 def key(kind: str, target: Target, question: Mapping[str, Any]) -> str:
-    """What an answer holds for: machine, versions, the target and its source files, what was asked. A hash."""
+    """What an answer holds for: machine, versions, target and its sources, devices, threads, what was asked. A hash."""
     sources = hashlib.sha256()
     for path in target.sources():
         with suppress(OSError):
@@ -31,6 +34,7 @@ def key(kind: str, target: Target, question: Mapping[str, Any]) -> str:
         "target": [target.function, target.arguments, target.options, target.loader],
         "sources": sources.hexdigest(),
         "question": dict(question),
+        "process": {name: os.environ.get(name) for name in VARIABLES} | {"threads": torch.get_num_threads()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -76,6 +76,7 @@ class _All:
         self.session, self.report, self.fresh = session, session.report, fresh
         self.options: dict[str, Any] = {}
         self.loader: dict[str, Any] = {}
+        self.of_loader: Report | None = None  # the loader tuner's answer, where it is a change
 
     def run(self) -> Report:
         """Every tuner, then all changes together."""
@@ -110,6 +111,7 @@ class _All:
             if name == "loader":
                 raise
             self.report.findings.append(f"{name}: {error}")
+            self.session.conclusive = False
             return
         if found.cached:
             for made in found.trials:
@@ -120,6 +122,8 @@ class _All:
         if name in CHANGES and not found.keep:
             self.options |= found.loop
             self.loader |= found.loader
+            if name == "loader":
+                self.of_loader = found
             self.report.findings.append(f"{name}: {found.summary()}")
 
     def _compare(self) -> None:
@@ -127,32 +131,27 @@ class _All:
         report.best = report.present
         if not self.options and not self.loader:
             return
-        settings = {"tuner": "all together", **self.options, **self.loader}
-        outcome = trial.run(
-            "fastloop.tune.together:two",
-            {
-                "spec": session.target.spec(),
-                "before": {},
-                "after": {"options": self.options, "loader": self.loader},
-                "seconds": max(0.6 * session.left() - LEAST_SECONDS, 2.0),
-            },
-            timeout=max(min(session.timeout, session.left()), 10.0),
-            memory_limit=session.memory_limit,
-            folders=session.target.folders,
-        )
-        made = Trial.of({k: v for k, v in settings.items() if k != "tuner"}, outcome)
+        outcome = self._paired("fastloop.tune.together:two", {"options": self.options, "loader": self.loader})
+        no_room = outcome.status == trial.OUT_OF_MEMORY
+        if no_room and not self.options:
+            outcome = self._paired("fastloop.tune.loading:two", self.loader)  # one loop is enough for them
+        made = Trial.of({**self.options, **self.loader}, outcome)
         made.extra["tuner"] = "all together"
         if outcome.status == trial.OK:
-            made.rate = median_interval(outcome.result["after"])
             report.gain = median_interval(outcome.result["ratios"])
-            if report.present is not None:
+            if "after" in outcome.result:
+                made.rate = median_interval(outcome.result["after"])
+            if "before" in outcome.result and report.present is not None:
                 before = replace(report.present, rate=median_interval(outcome.result["before"]))
                 before.extra = {"tuner": "all together"}
                 session.done(before)
                 report.present = report.best = before
         session.done(made)
-        if report.gain is None:
+        if report.gain is None and no_room and self.options and self.of_loader is not None:
+            self._take_loader(self.of_loader)
+        elif report.gain is None:
             report.findings.append(f"The run of all changes together failed ({made.reason}): keep yours.")
+            session.conclusive = False
         elif won(report.gain):
             report.best, report.keep = made, False
             report.loop, report.loader = self.options, self.loader
@@ -161,3 +160,25 @@ class _All:
                 f"All changes together have {report.gain.median:.3f} times the samples/s of the present settings (98 % "
                 f"interval {report.gain.low:.3f} to {report.gain.high:.3f}): keep yours."
             )
+
+    def _paired(self, function: str, after: Mapping[str, Any]) -> trial.Outcome:
+        """The changes against the present settings, in turn, well within the time that a trial has."""
+        session, left = self.session, self.session.left()
+        limit = max(min(session.timeout, left), 10.0)
+        seconds = max(min(0.6 * left - LEAST_SECONDS, 0.5 * limit), 2.0)
+        return trial.run(
+            function,
+            {"spec": session.target.spec(), "before": {}, "after": after, "seconds": seconds},
+            timeout=limit,
+            memory_limit=session.memory_limit,
+            folders=session.target.folders,
+        )
+
+    def _take_loader(self, found: Report) -> None:
+        """Memory does not hold two trainings: of the changes those of the loader, which one training has timed."""
+        report = self.report
+        report.best, report.gain, report.keep, report.loader = found.best, found.gain, False, dict(found.loader)
+        report.findings.append(
+            "Memory does not hold the training twice, so that all changes together could not be timed: only the "
+            "loader's are taken, with the gain of their own paired run."
+        )

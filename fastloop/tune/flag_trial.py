@@ -33,6 +33,7 @@ from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.tune.loading import WON, bottleneck
 from fastloop.tune.losses import Losses
+from fastloop.tune.restore import process_settings
 from fastloop.tune.step import Steps, measure, training
 
 ERROR_WINDOWS = 10
@@ -49,7 +50,8 @@ class Side:
     """The target with some options, and batches that both sides of a comparison have.
 
     Args:
-        spec: of the target. options: in place of its present ones.
+        spec: of the target, whose schedule is left out: at the beginning of one that has no end rates are almost 0,
+            and so would be every difference. options: in place of its present ones.
         before: what holds for the process where the options do not say.
         batches: those of the other side, or how many it has; None: so many as the windows need.
     """
@@ -59,7 +61,8 @@ class Side:
     ) -> None:
         modes.set_process(*before)
         seed_everything(SEED)
-        made = training(spec, options)
+        kept = {name: value for name, value in spec["options"].items() if name != "schedule"}
+        made = training({**spec, "options": kept}, options)
         self.loop = made.loop
         self._process = process_settings()
         if batches is None:
@@ -167,11 +170,6 @@ def first_batches(loader: Any, count: int, seconds: float = math.inf) -> list[An
     return batches
 
 
-def process_settings() -> Process:
-    """What `set_process` sets, as it is now."""
-    return torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads()
-
-
 def graphs_compiled() -> int:
     """By torch.compile, in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -221,8 +219,8 @@ def compare(spec: Spec, base: Options, flagged: Options, seconds: float, own_pro
         theirs = b.train()
         if flagged.get("compile") and not own_process and graphs_compiled() == compiled:
             raise RuntimeError(
-                "[tune] torch.compile compiled nothing of this model: it passes over one that is itself a module of "
-                "torch's, such as nn.Sequential; make it a part of a module of your own"
+                "[tune] torch.compile compiled nothing of this model, so there is no gain to measure; "
+                "TORCH_LOGS=graph_breaks shows why"
             )
         sides = (a, b)
         for side in sides:
@@ -276,11 +274,15 @@ class Remote:
     def __init__(self, spec: Spec, options: Options, batches: int) -> None:
         context = multiprocessing.get_context("spawn")  # a fork does not survive CUDA
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, dict(spec), dict(options), batches), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(other, dict(spec), dict(options), batches))
+        self._process.start()  # no daemon: its loader may have workers
         other.close()
-        self._answer()
         self.samples = 0
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def train(self) -> dict[str, Any]:
         return self._ask("train")  # type: ignore[no-any-return]
@@ -296,6 +298,7 @@ class Remote:
         self._process.join(5.0)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join()
 
     def _ask(self, *request: Any) -> Any:
         self._connection.send(request)

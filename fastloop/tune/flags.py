@@ -180,13 +180,20 @@ def _precision(facts: Mapping[str, Any], present: Mapping[str, Any]) -> Choice:
 
 
 def _checkpointing(facts: Mapping[str, Any], present: Mapping[str, Any]) -> Choice:
+    if present.get("cuda_graph"):
+        return "does not go with cuda_graph"
     if facts["blocks"] < 2:
         return "the model has no ModuleList or Sequential of several blocks; name layers yourself"
     return _on_already("activation_checkpointing", present) or [1]
 
 
 def _cuda_graph(facts: Mapping[str, Any], present: Mapping[str, Any]) -> Choice:
-    return NEEDS_A_GPU if facts["device"] != "cuda" else _on_already("cuda_graph", present) or [True]
+    if facts["device"] != "cuda":
+        return NEEDS_A_GPU
+    for name in ("auto_microbatch", "strategy", "activation_checkpointing"):
+        if present.get(name):
+            return f"does not go with {name}, which is on"
+    return _on_already("cuda_graph", present) or [True]
 
 
 def _compile(facts: Mapping[str, Any], present: Mapping[str, Any]) -> Choice:
@@ -263,6 +270,8 @@ class _Search:
             left = sum(not other.skip for other in todo[i:])
             made.append(self._try(each.options, {}, self._share(left)))
         self._say(made)
+        if self.session.target.options.get("schedule") is not None:
+            self.report.findings.append("Errors are of trainings without the schedule, at the optimizer's own rate.")
         self._combine([each for each in made if not self._objection(each)])
         self.report.findings.append(
             "Gains are of steps on one cached batch: waiting for data is not in them (see tune loader), nor are "
@@ -291,7 +300,7 @@ class _Search:
 
     def _share(self, trials: int) -> float:
         """Seconds of pairs: half of what is left for each trial, the other half being its start."""
-        return min(max(self.session.left() / (2 * (trials + 1)), SHORTEST), LONGEST)
+        return min(max(self.session.left() / (2 * (trials + 1)), SHORTEST), LONGEST, 0.5 * self.session.timeout)
 
     def _try(self, options: Options, base: Options, seconds: float) -> Trial:
         """`base` and `options` against `base`, both on top of the present ones."""

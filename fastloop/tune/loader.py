@@ -99,7 +99,8 @@ def _of_target(session: Session) -> Report:
         f"{parts['cached'].median:,.0f}, both together {parts['both'].median:,.0f}; "
         f"{100 * waiting:.1f} % of the time is spent waiting for data."
     )
-    if waiting < NOT_LIMITING or parts["both"].median > (1 - NOT_LIMITING) * parts["cached"].median:
+    lost = waiting + found["both"]["startup_share"]
+    if lost < NOT_LIMITING or parts["both"].median > (1 - NOT_LIMITING) * parts["cached"].median:
         report.findings.append("The loader is not the bottleneck: keep its settings.")
         return session.finish()
     if not found["settings"]:
@@ -119,12 +120,18 @@ def _of_target(session: Session) -> Report:
 
 def _of_objects(session: Session, given: DataLoader[Any]) -> Report:
     present = {name: value for name, value in settings_of(given).items() if name in _ORDER}
+    wait = session.timeout if torch.cuda.is_initialized() else None
+    if wait is not None:
+        session.report.findings.append(
+            "CUDA runs in this process, which therefore cannot fork: trials run in it, where timeout holds for each "
+            "batch of workers alone, and memory_limit does not hold."
+        )
 
     def attempt(settings: list[Settings], seconds: float, until: float, on_note: OnNote) -> trial.Outcome:
-        return session.call_here(lambda: loading.several_alone(given, settings, seconds, until), on_note)
+        return session.call_here(lambda: loading.several_alone(given, settings, seconds, until, wait), on_note)
 
     def pair(settings: Settings, seconds: float) -> trial.Outcome:
-        return session.call_here(lambda: loading.two_alone(given, present, settings, seconds))
+        return session.call_here(lambda: loading.two_alone(given, present, settings, seconds, wait))
 
     return _Search(session, present, attempt, pair).run()
 
@@ -196,7 +203,7 @@ class _Search:
 
         while left and monotonic() < until:
             outcome = self.attempt(left, seconds, until, on_note)
-            if outcome.status != trial.OK:
+            if outcome.status != trial.OK and left:  # the last one's note may have come before the end
                 found.append(self.session.record(left.pop(0), outcome, must_work=must_work))
         for each in left:
             self.session.skip(each, "the budget is spent")
@@ -217,8 +224,9 @@ class _Search:
     def _compare(self, best: Trial) -> None:
         """Both in turn in one process: only that says what is won."""
         report, findings = self.report, self.report.findings
-        outcome = self.pair(best.settings, max(0.2 * self.session.left(), 4 * _seconds(self.session)))
+        outcome = self.pair(best.settings, self._seconds_of_pairs())
         if outcome.status != trial.OK:
+            self.session.conclusive = False
             findings.append(f"The paired run against the present settings failed ({outcome.reason}): keep yours.")
             report.best = self.before
             return
@@ -232,6 +240,10 @@ class _Search:
             f"(98 % interval {report.gain.low:.3f} to {report.gain.high:.3f}): keep yours."
         )
         report.best = self.before
+
+    def _seconds_of_pairs(self) -> float:
+        """Well within the time that a trial has."""
+        return min(max(0.2 * self.session.left(), 4 * _seconds(self.session)), 0.5 * self.session.timeout)
 
     def _note_startup(self) -> None:
         best = self.report.best

@@ -62,11 +62,17 @@ def several(spec: Mapping[str, Any], settings: Sequence[Settings], seconds: floa
     _each(settings, rates, until)
 
 
-def several_alone(given: Any, settings: Sequence[Settings], seconds: float, until: float) -> None:
-    """The same of loaders alone: a loader or data set with these settings, and nobody who trains."""
+def several_alone(
+    given: Any, settings: Sequence[Settings], seconds: float, until: float, wait: float | None = None
+) -> None:
+    """The same of loaders alone: a loader or data set with these settings, and nobody who trains.
+
+    Args:
+        wait: seconds for one batch of workers, where nothing else ends a trial; None: as the loader says.
+    """
 
     def rates(each: Settings) -> dict[str, Any]:
-        loader = with_settings(given, each)
+        loader = _waiting(with_settings(given, each), wait)
         return _rates(_closing(Pulls(Stream(loader)), seconds), loader)
 
     _each(settings, rates, until)
@@ -97,11 +103,19 @@ def two(spec: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, 
     return found
 
 
-def two_alone(given: Any, before: Mapping[str, Any], after: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def two_alone(
+    given: Any, before: Mapping[str, Any], after: Mapping[str, Any], seconds: float, wait: float | None = None
+) -> dict[str, Any]:
     """The same of loaders alone."""
     switch = _Switch()
-    loaders = (with_settings(given, before), with_settings(given, after))
+    loaders = (_waiting(with_settings(given, before), wait), _waiting(with_settings(given, after), wait))
     return _in_turn(Pulls(switch), switch, loaders, seconds)  # type: ignore[arg-type]
+
+
+def _waiting(loader: Any, seconds: float | None) -> Any:
+    if seconds is not None and loader.num_workers > 0:
+        loader.timeout = seconds
+    return loader
 
 
 class _Switch:

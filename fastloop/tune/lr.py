@@ -13,7 +13,9 @@ from fastloop.tune.lr_plot import check
 from fastloop.tune.lr_range import LRRange, check_range, sweep
 from fastloop.tune.report import Report
 from fastloop.tune.session import OnTrial, Session, broken
-from fastloop.tune.step import training
+from fastloop.tune.step import do_not_fork_after_cuda, training
+
+LEFT_OUT = ("schedule", "nonfinite", "cuda_graph")  # the test sets rates, goes beyond, and is too short to be captured
 
 
 def lr(
@@ -89,6 +91,7 @@ def _tested(session: Session, asked: Mapping[str, Any]) -> Report:
         made.extra["range"] = outcome.result
         _say(report, LRRange(**outcome.result))
     else:
+        session.conclusive = False
         made.reason += f"; {done} of {asked['steps']} steps were done"
         report.findings.append(f"No suggestion: {made.status}: {made.reason}.")
     session.done(made)
@@ -116,7 +119,8 @@ def _say(report: Report, found: LRRange) -> None:
 
 def in_trial(spec: Mapping[str, Any], low: float, high: float, steps: int) -> dict[str, Any]:
     """The range test, in the process of the trial."""
-    options = {name: value for name, value in spec["options"].items() if name not in ("schedule", "nonfinite")}
+    options = {name: value for name, value in spec["options"].items() if name not in LEFT_OUT}
     made = training({**spec, "options": options})
+    do_not_fork_after_cuda(made.train_loader)
     found = sweep(made.loop, made.train_loader, low, high, steps, lambda i, rate, loss: child.note(steps=i + 1))
     return asdict(found)

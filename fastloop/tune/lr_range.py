@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from fastloop.loop.loader import generators_of
 from fastloop.loop.loop import Loop
 from fastloop.tune.losses import Losses
-from fastloop.tune.restore import restored
+from fastloop.tune.restore import process_kept, restored
 from fastloop.tune.step import Steps
 
 FEWEST_STEPS = 10
@@ -37,6 +37,7 @@ REFUSED = (
     "run_dir",
     "resume",
     "auto_microbatch",
+    "cuda_graph",
     "patience",
     "nonfinite",
     "callbacks",
@@ -93,8 +94,9 @@ def lr_range_test(
     """Train for `steps` windows with a rate that grows from `low` to `high`, and suggest one.
 
     Afterwards parameters, buffers, modes, gradients, the optimizer's state and groups, and the random states of torch,
-    Python, NumPy and the loader are what they were, bit for bit, also after an error or Ctrl-C. What else the loader
-    keeps (a place in its data, the batches of a generator) has moved on.
+    Python, NumPy and the loader are what they were, bit for bit, also after an error or Ctrl-C; so are torch's settings
+    for the whole process that options change. What else the loader keeps (a place in its data, the batches of a
+    generator) has moved on.
 
     Groups keep the ratios of their rates: the rates here are those of the first group whose rate is above 0.
 
@@ -119,7 +121,7 @@ def lr_range_test(
     if given.get("device") is None and torch.cuda.is_available():
         torch.cuda.init()  # its random states count too: they cannot be kept before they exist
     modules = [each for each in (model, loss_fn) if isinstance(each, nn.Module)]
-    with restored(modules, optimizer, generators_of(train_loader)):
+    with process_kept(), restored(modules, optimizer, generators_of(train_loader)):
         loop = Loop(model, optimizer, loss_fn, progress=False, curves=False, **given)
         if not model.training:
             model.train()
@@ -137,7 +139,7 @@ def sweep(
     """The test itself, on a loop without a schedule; what it trains stays trained."""
     rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
     with _without_warnings():
-        return summary(*_swept(loop, loader, rates, on_step))
+        return summary(*_swept(loop, loader, rates, on_step), steps)
 
 
 def check_range(low: float, high: float, steps: int) -> None:
@@ -234,9 +236,13 @@ class Average:
         return value > best + DIVERGED * max(self._first - best, -best)
 
 
-def summary(rates: list[float], losses: list[float], diverged_at: float | None) -> LRRange:
-    """The curve and what it suggests. Arithmetic alone."""
-    average = Average(len(rates))
+def summary(rates: list[float], losses: list[float], diverged_at: float | None, steps: int | None = None) -> LRRange:
+    """The curve and what it suggests. Arithmetic alone.
+
+    Args:
+        steps: as many as were planned, which the average goes by; None: as many as there are rates.
+    """
+    average = Average(len(rates) if steps is None else steps)
     smoothed = [average.update(loss) for loss in losses]
 
     def result(

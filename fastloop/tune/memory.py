@@ -191,6 +191,8 @@ def remedies(facts: Facts, options: Mapping[str, Any]) -> list[Remedy]:
     pure = in_bf16 or _no_master_weights(facts)
     given = options.get("activation_checkpointing")
     checkpoints = f"activation_checkpointing is {given!r} already" if given else ""
+    if not checkpoints and options.get("cuda_graph"):
+        checkpoints = "does not go with cuda_graph"
     if not checkpoints and not facts["blocks"]:
         checkpoints = "the model has no ModuleList or Sequential of several blocks; give names of layers"
     return [

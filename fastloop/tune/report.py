@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +13,7 @@ from typing import Any
 
 from fastloop.bench.stats import Interval
 from fastloop.tune import toml_edit
+from fastloop.tune.target import OF_A_RUN
 from fastloop.tune.trial import OK, Outcome
 
 SCHEMA = "fastloop-tune/1"
@@ -82,13 +84,14 @@ class Report:
     # ---- JSON
 
     def to_json(self) -> str:
-        """The document; `from_json` reads it."""
+        """The document; `from_json` reads it. What is no finite number is null."""
         document = asdict(self)
+        document = _without_infinities(document)
         for name in ("present", "best"):
             chosen = getattr(self, name)
             where = [i for i, trial in enumerate(self.trials) if trial is chosen]
             document[name] = where[0] if where else document[name]  # an index: they are among the trials
-        return json.dumps(document, indent=1) + "\n"
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -133,19 +136,26 @@ class Report:
         """One sentence: what to do, and what it gives."""
         if self.kind == "lr":
             return "A learning rate is no option of Loop: write it into your optimizer, there is nothing to apply."
+        runs = self.present is None or self.present.status == OK
+        if self.keep and not runs:
+            return "The present settings do not run here, and nothing was found to put in their place."
+        if self.keep and self.kind == "memory":
+            return "Nothing to change: the present settings fit."
         if self.keep:
-            return "Keep yours: nothing measured here is faster than the present settings by more than 2 %."
+            return "Keep yours: nothing that can be recommended is faster than the present settings by more than 2 %."
         gives = "" if self.gain is None else f": {self.gain.median:.2f} times the samples/s of the present settings"
         spread = "" if self.gain is None else f" (98 % interval {self.gain.low:.2f} to {self.gain.high:.2f})"
-        return f"Take {described({**self.loop, **self.loader})}{gives}{spread}."
+        instead = "" if runs else ": the present settings do not run here"
+        return f"Take {described({**self.loop, **self.loader})}{instead}{gives}{spread}."
 
     def snippet(self) -> str:
         """Python to paste."""
         lines = []
         if self.loader:
-            lines.append(f"train_loader = DataLoader(dataset, {_arguments({**self.settings, **self.loader})})")
+            lines.append(f"# in your DataLoader(...): {_arguments({**self.settings, **self.loader})}")
         if self.loop:
-            lines.append(f"loop = Loop(model, optimizer, loss_fn, {_arguments({**self.options, **self.loop})})")
+            needs = "  # cuda_graph needs fit()" if self.loop.get("cuda_graph") else ""
+            lines.append(f"loop = Loop(model, optimizer, loss_fn, {_arguments({**self.options, **self.loop})}){needs}")
         return "\n".join(lines) or "# keep the present settings"
 
     # ---- TOML
@@ -168,6 +178,8 @@ class Report:
     def apply(self, path: str | os.PathLike[str]) -> None:
         """Write the recommendation into a TOML file; its other keys and comments stay.
 
+        Where nothing is recommended and the file has settings that were not measured, `[tuned]` is not written.
+
         Raises:
             ValueError: no TOML, or the config of another target.
             OSError: it cannot be written.
@@ -177,6 +189,8 @@ class Report:
         tables = self.tables()
         check_file(file, self.target)
         edited = toml_edit.edit(text, tables, str(file))
+        if self.keep and unmeasured(edited, str(file), self.arguments, self.options, self.settings):
+            edited = toml_edit.edit(text, {name: keys for name, keys in tables.items() if name != "tuned"}, str(file))
         temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -193,6 +207,30 @@ def check_file(file: Path, target: str) -> None:
     there = toml_edit.parsed(file.read_text(encoding="utf-8"), str(file)).get("target", target)
     if there != target:
         raise ValueError(f"[tune] {file} is the config of {there}, this answer is for {target}; name another file")
+
+
+def unmeasured(
+    text: str, name: str, arguments: Mapping[str, Any], options: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """Keys of a config, "loop.precision", that a run with these arguments, options and settings did not have."""
+    parsed = toml_edit.parsed(text, name)
+    had = {"arguments": arguments, "loop": {**options, **dict.fromkeys(OF_A_RUN)}, "loader": settings}
+    return [
+        f"{table}.{key}"
+        for table, keys in had.items()
+        for key in (parsed[table] if isinstance(parsed.get(table), dict) else ())
+        if key not in keys
+    ]
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_infinities(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinities(each) for each in value]
+    return value
 
 
 def described(settings: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fastloop.loop import random_state
+from fastloop.loop.precision import set_process
 from fastloop.optim.base import FusedOptimizer
 
 
@@ -187,4 +188,23 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return same_view and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-__all__ = ["restored"]
+def process_settings() -> tuple[bool, str, int]:
+    """What `fastloop.loop.precision.set_process` sets, as it is now."""
+    return torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads()
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """torch's settings for the whole process, as options of Loop change them, are afterwards what they were."""
+    process = process_settings()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        if process_settings() != process:
+            set_process(*process)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+__all__ = ["process_kept", "process_settings", "restored"]

@@ -34,6 +34,7 @@ class Session:
 
     Attributes:
         cached: the answer of an earlier run, if it holds here; else None.
+        conclusive: False where the run that decides has failed: the answer is not kept.
 
     Raises:
         TypeError, ValueError: an argument out of range or of the wrong type.
@@ -71,6 +72,7 @@ class Session:
         self.memory_limit = trial.memory_limit() if memory_limit is None else memory_limit
         self.begun = monotonic()
         self._end = self.begun + budget
+        self.conclusive = True
         self.report = Report(
             kind, self.target.function, machine.fingerprint(), self.target.arguments, self.target.options,
             self.target.loader,
@@ -126,7 +128,7 @@ class Session:
         )
 
     def call_here(self, function: Callable[[], Any], on_note: OnNote | None = None) -> trial.Outcome:
-        """A function over objects of this process: in a fork, or here where CUDA forbids one."""
+        """A function over objects of this process: in a fork, or here where CUDA forbids one, and nothing ends it."""
         if torch.cuda.is_initialized():
             return trial.run_here(function, on_note)
         return trial.run_forked(function, timeout=self.timeout, memory_limit=self.memory_limit, on_note=on_note)
@@ -156,9 +158,9 @@ class Session:
             self.on_trial(made)
 
     def finish(self) -> Report:
-        """The report, which is kept for the next time."""
+        """The report, which is kept for the next time if it is conclusive."""
         self.report.seconds = monotonic() - self.begun
-        if self._key is not None:
+        if self._key is not None and self.conclusive:
             cache.save(self.target, self.report, self._key)
         return self.report
 
@@ -168,6 +170,8 @@ def broken(name: str, outcome: trial.Outcome) -> TargetError:
     text = f"[tune] the target {name} does not work: {outcome.status}: {outcome.reason}"
     if outcome.status == outcome.reason or outcome.status == trial.FAILED:
         text = f"[tune] the target {name} does not work: {outcome.reason}"
+    if outcome.status == trial.TIMEOUT:
+        text += "; give each trial longer: --timeout 5m (timeout=)"
     return TargetError(text, outcome.traceback or outcome.output, outcome.exit_code)
 
 

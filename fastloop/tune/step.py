@@ -9,8 +9,10 @@ full queue gives batches at any rate until it is empty.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from time import perf_counter
 from typing import Any
 
@@ -152,6 +154,8 @@ class Stream:
     def close(self) -> None:
         """End the workers."""
         self._iterator = None
+        if getattr(self.loader, "persistent_workers", False):
+            self.loader._iterator = None  # which holds them, too
 
 
 class _Endless:
@@ -179,13 +183,44 @@ def endless(loader: Any) -> Any:
 
 
 def do_not_fork_after_cuda(loader: Any) -> None:
-    """Workers are started by another process where this one has a CUDA context, which does not survive a fork."""
+    """Workers are started by another process where this one has a CUDA context, which does not survive a fork.
+
+    Raises:
+        ValueError: what they need cannot be sent to them.
+    """
     if not isinstance(loader, DataLoader) or loader.num_workers == 0 or not torch.cuda.is_initialized():
         return
     context = loader.multiprocessing_context
     method = context.get_start_method() if context is not None else torch.multiprocessing.get_start_method()
     if method == "fork":
+        for name in ("dataset", "collate_fn", "worker_init_fn"):
+            _check_it_travels(name, getattr(loader, name))
         loader.multiprocessing_context = "forkserver"
+
+
+def _check_it_travels(name: str, value: Any) -> None:
+    try:
+        _Nowhere().dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"[tune] workers are started by forkserver, since CUDA runs, and the loader's {name} cannot be sent to "
+            f"them ({error}): move what it is made of to the top of a module"
+        ) from None
+    except RuntimeError:  # a lock or a queue, which travels only while a process is started
+        return
+
+
+class _Nowhere(ForkingPickler):
+    """Pickles, and keeps nothing. Tensors are taken as they are: sending one would move it into shared memory."""
+
+    def __init__(self) -> None:
+        super().__init__(self)
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+    def reducer_override(self, value: Any) -> Any:
+        return (int, ()) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 # ---- windows
@@ -201,7 +236,7 @@ class Steps:
 
     def __init__(self, loop: Loop, source: Any) -> None:
         self.loop, self.source = loop, source
-        self._windows = loop.windows(source, max_steps=ENDLESS)
+        self._windows = loop._run(source, None, ENDLESS)  # not windows(), which refuses what needs fit: _train is fit's
 
     def step(self) -> int:
         """One window: forward, backward and update; the samples of it."""
@@ -291,13 +326,14 @@ def measure(
     """Warm up, then take samples for so many seconds and at least `least` of them.
 
     Samples during which an epoch ended are left out; where no epoch is long enough for one, whole epochs are samples.
+    A window that takes longer than all of the samples may ends the warm-up, and is a sample by itself.
     """
     stream = steps.source if isinstance(steps.source, Stream) else None
-    done = 0
-    for _ in range(warmup):
-        steps.step()
+    done, slow = 0, False
+    while done < warmup and not slow:
+        slow = _is_slow(steps, stream, seconds, first=done == 0)
         done += 1
-    count = windows_per_sample(steps)
+    count = 1 if slow else windows_per_sample(steps)
     if stream is not None:
         count = max(count, stream.workers)
         empty_queue(steps, stream)
@@ -326,6 +362,14 @@ def measure(
         result.startup_seconds = stream.startup_seconds
         result.samples_per_batch = stream.samples / stream.batches
     return result
+
+
+def _is_slow(steps: Steps | Pulls, stream: Stream | None, seconds: float, first: bool) -> bool:
+    """Whether one window takes longer than that. The first may compile, or start workers: then only waiting counts."""
+    took = _timed(steps, 1)[0]
+    if not first:
+        return took > seconds
+    return stream is not None and stream.workers == 0 and stream.last_wait > seconds
 
 
 def _epochs(stream: Stream | None) -> int:

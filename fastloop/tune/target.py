@@ -21,7 +21,10 @@ OF_A_RUN = (  # options of Loop that a trial leaves out: they say where a run go
     "run_dir", "resume", "save_every_steps", "save_every_minutes", "save_every_epochs", "keep_last", "keep_best",
     "keep_log_spaced", "best", "patience", "strategy", "auto_microbatch", "loggers", "log_every", "progress",
     "callbacks", "config", "curves", "mode", "monitor",
+    "system_every_seconds",
 )  # fmt: skip
+MOST_SOURCES = 2000  # files, and folders to look into
+NO_SOURCES = ("site-packages", "dist-packages", "node_modules", "__pycache__")
 _NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 
@@ -76,13 +79,16 @@ class Target:
         return result | {name: table for name, table in parts.items() if table}
 
     def sources(self) -> list[Path]:
-        """The Python files of the function's package, or of its module's folder; nothing is imported for it."""
+        """The Python files of the function's package, or of its module's folder, and below; nothing is imported for it.
+
+        At most 2000; installed packages, hidden folders and caches are left out.
+        """
         first, *rest = self.function.partition(":")[0].split(".")
         for folder in map(Path, self.folders):
             if (folder / first).is_dir() and (rest or (folder / first / "__init__.py").exists()):
-                return sorted((folder / first).rglob("*.py"))
+                return _python_files(folder / first)
             if (folder / f"{first}.py").exists():
-                return sorted(folder.glob("*.py"))
+                return _python_files(folder)
         return []
 
     def present(self, options: Mapping[str, Any] | None = None, loader: Mapping[str, Any] | None = None) -> Target:
@@ -145,6 +151,16 @@ def from_config(given: str | os.PathLike[str] | Mapping[str, Any], overrides: It
         options=config.table("loop"),
         settings=config.table("loader"),
     )
+
+
+def _python_files(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for visited, (folder, folders, files) in enumerate(os.walk(root)):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_SOURCES)
+        found += [Path(folder, name) for name in sorted(files) if name.endswith(".py")]
+        if len(found) >= MOST_SOURCES or visited >= MOST_SOURCES:
+            break
+    return found[:MOST_SOURCES]
 
 
 def _name_of(function: Callable[..., Any]) -> str:

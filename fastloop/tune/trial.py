@@ -242,7 +242,7 @@ def _outcome(
         found.reason, found.traceback = error["reason"], error["traceback"]
         found.status = OUT_OF_MEMORY if error["out_of_memory"] else FAILED
     elif ended_by_us == TIMEOUT:
-        found.status, found.reason = TIMEOUT, f"not done after {timeout:g} s"
+        found.status, found.reason = TIMEOUT, f"not done after {timeout if timeout < 1 else round(timeout, 1):g} s"
         found.traceback = _dumped(text)
     elif ended_by_us == OUT_OF_MEMORY:
         limit = watch.limit or 0

@@ -70,6 +70,9 @@ class Watch:
                 now = monotonic()
             self._look_at_memory(now)
             if self.limit is not None and (self.peak or 0) > self.limit:
+                peak = self.peak
+                self._take_notes()  # of what was done before
+                self.peak = peak
                 return OUT_OF_MEMORY
             self._take_notes()
             if now >= self.deadline:

@@ -46,6 +46,8 @@ class Machine:
 
 
 class FakeProcess:
+    alive = True
+
     def __init__(self, machine: Machine, side: int) -> None:
         self.machine, self.side = machine, side
         self.place = {case: 1 + machine.placement * machine.draw.normal() for case in machine.slower}
@@ -363,6 +365,37 @@ def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="no answer within"):
         process.ask("load", file=str(tmp_path / "perf.py"), module="perf", outside="/nowhere")
     assert process._process.poll() is not None
+
+
+def test_cases_that_end_their_process_do_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five cases that crash in head, and only four rounds: each is named, and those that had no turn say so."""
+    original = FakeProcess.ask
+
+    def crash(self: FakeProcess, do: str, case: str, repetitions: int = 0) -> dict[str, Any]:
+        if do == "sample" and case.startswith("bad") and self.side == 1:
+            raise WorkerError("the process ended with signal SIGSEGV")
+        return original(self, do, case, repetitions)
+
+    monkeypatch.setattr(FakeProcess, "ask", crash)
+    found = judge(monkeypatch, Machine(0, {"control": 1.0, **{f"bad{i}": 1.0 for i in range(18)}, "last": 1.0}))
+    assert "SIGSEGV" in found["bad0"].note
+    assert found["bad0"].wrong
+    assert "before its turn" in found["last"].note
+    assert Report("", {}, "b", "a", list(found.values())).exit_code() == 3
+
+
+@pytest.mark.parametrize("side", ["base", "head"])
+def test_what_fails_in_head_fails(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    monkeypatch.setattr(
+        FakeProcess, "receive", lambda self: {"error": "E"} if ("base", "head")[self.side] == side else {}
+    )
+    (found,) = judge(monkeypatch, Machine(0, {"a": 1.0})).values()
+    assert (found.note, found.wrong, found.verdict) == (f"{side}: E", side == "head", None)
+
+
+def test_a_pattern_without_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ab.NoCases, match="no case matches; there are control, a, b, c"):
+        judge(monkeypatch, Machine(0, CASES), wanted=lambda name: False)
 
 
 @pytest.mark.parametrize("text", ["", "3", "20,x", "40,20", "20,20"])

@@ -7,16 +7,19 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fastloop
-from fastloop.bench import cases, cli, pytest_json, stats
-from fastloop.bench.regression import callgrind, ci, evidence, floors, record
+from fastloop.bench import cases, cli, measure, pytest_json, stats
+from fastloop.bench.regression import builds, callgrind, ci, evidence, floors, record, revisions
+from fastloop.bench.regression.ab import CaseFile
 from fastloop.bench.regression.evidence import Found
 from fastloop.bench.regression.record import Count, Ratio
 from fastloop.bench.stats import Verdict
+from fastloop.bench.usercases import UserCase
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = cases.step_case("tiny", "three tensors", [(5, 7), (0,), (3,)], peers=("torch-fused",), small=True)
@@ -174,6 +177,76 @@ def test_times_are_not_compared_where_nothing_that_runs_has_changed(project: Pat
     assert report.head.endswith("-dirty")
 
 
+def test_without_a_base_nothing_is_written_into_the_repository(project: Path, known: Any) -> None:
+    git(project, "init")
+    git(project, "add", "-A")
+    git(project, "commit", "-m", "first")
+    objects = {path for path in (project / ".git" / "objects").rglob("*") if path.is_file()}
+    (project / "large.bin").write_text("data")
+    assert run("--update", "--output", "out") == 0
+    assert record.load(project / "out" / "result.json").head.endswith("-dirty")
+    assert {path for path in (project / ".git" / "objects").rglob("*") if path.is_file()} == objects
+
+
+def test_how_to_compare_is_passed_on(project: Path, known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(project, "init")
+    git(project, "add", "-A")
+    git(project, "commit", "-m", "first")
+    write(project, body="x.abs()")
+    asked: list[Any] = []
+
+    def refuse(wanted: Any, cache: Path, tell: Any) -> Any:
+        asked.append(wanted)
+        raise builds.BuildError("enough")
+
+    monkeypatch.setattr(revisions, "prepare", refuse)
+    assert run("--update") == 0
+    assert run("--base", "HEAD", "--no-install", "--seconds", "7") == 4
+    assert run("--base", "HEAD") == 4
+    assert [(each.install, each.seconds) for each in asked] == [(False, 7.0), (True, ci.SECONDS)]
+    assert (project / ".fastloop" / ".gitignore").read_text() == "*\n"
+    with pytest.raises(SystemExit):
+        run("--seconds", "nan")
+
+
+def test_the_bases_values_are_those_of_its_sources(tmp_path: Path) -> None:
+    top, base = tmp_path / "top", tmp_path / "base"
+    guard = ci.Guard(ci.Request("main"), silent)
+    project = ci.Project(top, CaseFile(top / "perf.py", "perf"), False)
+    sides: Any = SimpleNamespace(base=SimpleNamespace(source=base))
+    assert guard._base_rows(project, None) is None
+    assert guard._base_rows(project, sides) == []
+    evidence.save([evidence.Allowed("a", "allocations", 1)], base / ci.EVIDENCE)
+    assert guard._base_rows(project, sides) == [evidence.Allowed("a", "allocations", 1)]
+    elsewhere = ci.Guard(ci.Request("main", evidence=tmp_path / "mine.json"), silent)
+    assert elsewhere._base_rows(project, sides) is None
+
+
+def test_what_pip_can_install(tmp_path: Path) -> None:
+    for text, answer in (("[tool.ruff]\n", False), ("[project.urls]\n", False), ("# x\n[project]\nname='a'\n", True),
+                         ("[build-system]\n", True)):  # fmt: skip
+        (tmp_path / "pyproject.toml").write_text(text)
+        assert builds._is_package(tmp_path) is answer
+    (tmp_path / "pyproject.toml").unlink()
+    assert not builds._is_package(tmp_path)
+    (tmp_path / "setup.py").touch()
+    assert builds._is_package(tmp_path)
+
+
+def test_changed_files_are_named_as_they_are(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "code.py").write_text("x = 1\n" * 20)
+    (tmp_path / "docs" / "\u00e4 b.md").write_text("y\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-m", "first")
+    (tmp_path / "docs" / "\u00e4 b.md").write_text("z\n")
+    (tmp_path / "code.py").rename(tmp_path / "docs" / "code.py")
+    _, base = builds.revision(tmp_path, "HEAD")
+    _, head = builds.revision(tmp_path, None)
+    assert builds.changed_files(tmp_path, base, head) == ["code.py", "docs/code.py", "docs/\u00e4 b.md"]
+
+
 @pytest.mark.parametrize(
     ("path", "answer"),
     [("docs/x.py", False), ("README.md", False), ("tests/test_x.py", False), ("fastloop/x.py", True),
@@ -228,16 +301,68 @@ def test_a_wrong_result_is_found_whether_timed_or_not(quick: None, monkeypatch: 
     assert [each.case for each in found if each.wrong] == ["tiny", "large"]
 
 
-def test_a_ratio_that_looks_low_is_measured_again() -> None:
+def taking(*runs: list[float]) -> tuple[floors.Take, list[tuple[int, ...]]]:
+    """A measurement that finds these ratios one after the other, and the pairs that it was asked for."""
     asked: list[tuple[int, ...]] = []
 
-    def take(pairs: Any) -> Ratio:
+    def take(pairs: Any, floor: float | None, seconds: float) -> Ratio:
+        ratios = runs[len(asked)]
         asked.append(tuple(pairs))
-        ratio = 1.0 if len(asked) == 1 else 3.0
-        return Ratio("a", "b", None, stats.median_interval([ratio] * 20), ratios=[ratio] * 20)
+        return Ratio("a", "b", None, stats.median_interval(ratios) if ratios else None, ratios=ratios)
 
-    assert floors.judged(take, 2.0).verdict is Verdict.INCONCLUSIVE
-    assert asked == [stats.PAIRS, (stats.RERUN_PAIRS,)]
+    return take, asked
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict"),
+    [
+        ([[1.0] * 20, [3.0] * 40], Verdict.INCONCLUSIVE),
+        ([[1.92] * 20, [1.92] * 40], Verdict.REGRESSED),  # 4 % below, surely
+        ([[1.0] * 20, [1.0] * 39], Verdict.INCONCLUSIVE),  # the rerun was cut short
+        ([[1.0] * 20, []], Verdict.INCONCLUSIVE),  # or could not be taken
+        ([[1.9, 2.1] * 10], Verdict.INCONCLUSIVE),
+        ([[2.05] * 20], Verdict.PASS),
+    ],
+)
+def test_a_ratio_regresses_if_two_runs_are_surely_below_the_floor(runs: list[list[float]], verdict: Verdict) -> None:
+    take, asked = taking(*runs)
+    assert floors.judged(take, 2.0).verdict is verdict
+    assert asked == [stats.PAIRS, (stats.RERUN_PAIRS,)][: len(runs)]
+
+
+def test_pairs_are_taken_while_the_floor_is_in_the_interval(
+    project: Path, known: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def measured(theirs: Any, ours: Any, *, decided: Any, **options: Any) -> Any:
+        seen.append(decided(stats.Interval(2.0, 1.9, 2.1)))
+        return measure.Pairs((2.0,) * 40, (1.0,) * 40, (1, 1), "limit")
+
+    monkeypatch.setattr(measure, "measure_pairs", measured)
+    case, peer = UserCase("a", lambda: None, peer="b", bytes=3 * 10**9), UserCase("b", lambda: None)
+    for floor in (2.0, 1.0):
+        floors.users([case, peer], {"a": floor}, silent)
+    assert seen[0] is False
+    assert seen[-1] is True
+    assert floors.users([case, peer], {}, silent)[0].note == "3 GB/s"
+
+
+def test_of_a_void_run_no_ratio_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_with(control: Verdict | None) -> Ratio:
+        take, _ = taking([1.0] * 20, [1.0] * 40, [1.0] * 20, [1.0] * 40)
+        monkeypatch.setattr(floors, "control", lambda tell: Ratio("control", "itself", control))
+        return floors._with_control({"a": (take, 2.0)}, silent)[0]
+
+    assert run_with(Verdict.PASS).verdict is Verdict.REGRESSED
+    assert run_with(Verdict.VOID).verdict is Verdict.VOID
+    assert run_with(None).verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_control_without_memory_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastloop.bench.runner.lacking_memory", lambda case: "needs more memory")
+    found = floors.control(silent, TINY)
+    assert (found.verdict, found.note) == (None, "needs more memory")
 
 
 # ---- counts that only fastloop has
@@ -291,16 +416,23 @@ def test_the_workflow(name: str) -> None:
     text = workflows()[name]
     document = yaml.safe_load(text)
     assert "pull_request" in document[True]  # YAML 1.1 reads `on` so
-    assert document["permissions"] == {"contents": "read", "pull-requests": "write"}
-    (job,) = document["jobs"].values()
+    assert document["permissions"] == {"contents": "read"}
+    job, comment = document["jobs"]["guard"], document["jobs"]["comment"]
+    assert "permissions" not in job
+    assert comment["permissions"] == {"pull-requests": "write"}
     steps = job["steps"]
-    assert steps[0]["with"]["fetch-depth"] == 0
+    assert steps[0]["with"] == {"fetch-depth": 0, "persist-credentials": False}
     (guard,) = [step for step in steps if "fastloop.bench ci" in step.get("run", "")]
-    assert '--base "$BASE"' in guard["run"]  # from the environment: a branch's name is no shell code
+    assert "--base HEAD^1" in guard["run"]  # of the merge: the event's base may be older
+    assert 'exit "$code"' in guard["run"]
+    assert job["outputs"]["code"] == f"${{{{ steps.{guard['id']}.outputs.code }}}}"
     assert all("${{" not in step.get("run", "") for step in steps)
-    comment = steps[-1]
     assert "head.repo.full_name == github.repository" in comment["if"]
-    assert "report.md" in comment["with"]["script"]
+    assert "!cancelled()" in comment["if"]
+    assert all("checkout" not in step["uses"] for step in comment["steps"])
+    script = comment["steps"][-1]["with"]["script"]
+    assert "report.md" in script
+    assert "No report" in script
 
 
 # ---- files of pytest-benchmark
@@ -339,14 +471,34 @@ def test_unpaired_times_regress_only_with_a_control_and_a_second_run(
     assert "INCONCLUSIVE" in capsys.readouterr().out
     assert compared(before, slow, "--confirm", again) == 1
     assert "REGRESSED" in capsys.readouterr().out
-    assert compared(slow, before, "--confirm", before) == 0
+    same = saved(tmp_path / "d.json", step=1e-3, control=1e-3)
+    assert compared(slow, before, "--confirm", same) == 0
     assert "IMPROVED" in capsys.readouterr().out
-    assert compared(before, slow, "--confirm", before) == 0  # the second run does not agree
+    assert compared(before, slow, "--confirm", same) == 0  # the second run does not agree
+
+
+def test_what_confirms_is_a_run_of_its_own_with_a_control_and_enough_rounds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = saved(tmp_path / "a.json", step=1e-3, control=1e-3)
+    slow = saved(tmp_path / "b.json", step=1.2e-3, control=1e-3)
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(slow.read_bytes())
+    for same in (before, slow, copy):
+        assert compared(before, slow, "--confirm", same) == 2
+    assert "the same" in capsys.readouterr().err
+    assert compared(before, slow, "--confirm", saved(tmp_path / "bare.json", step=1.2e-3)) == 0
+    short = saved(tmp_path / "short.json", step=1.2e-3, control=1e-3)
+    document = json.loads(short.read_text())
+    for each in document["benchmarks"]:
+        del each["stats"]["data"][4:]
+    short.write_text(json.dumps(document))
+    assert compared(before, slow, "--confirm", short) == 0
 
 
 def test_without_a_control_nothing_regresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, slow = saved(tmp_path / "a.json", step=1e-3), saved(tmp_path / "b.json", step=2e-3)
-    assert compared(before, slow, "--confirm", slow) == 0
+    assert compared(before, slow, "--confirm", saved(tmp_path / "c.json", step=2e-3)) == 0
     assert "INCONCLUSIVE" in capsys.readouterr().out
 
 

@@ -132,6 +132,32 @@ def test_a_scenario_that_fails_gives_its_reason_and_ends_nothing(no_gpu: None) -
     assert [row.finding.note for row in rows] == ["RuntimeError: broken", "no such package", "differs", ""]
 
 
+def test_what_works_on_the_cpu_says_so_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "gpu_count", lambda: 1)
+    monkeypatch.setattr("fastloop.machine.gpu_model", lambda: "some GPU")
+    chosen = [Claim("here", "a test", "1x", fine), Claim("host", "a test", "1x", fine, on_cpu=True)]
+    rows = claims.run(chosen)
+    assert rows[0].device == "some GPU"
+    assert rows[1].device.startswith("CPU, ")
+    on_cpu = {claim.name for claim in claims.CLAIMS if claim.on_cpu}
+    expected = ("workers-", "resnet50-", "int8-", "fp16-limits", "bf16-range")
+    assert on_cpu == {claim.name for claim in claims.CLAIMS if claim.name.startswith(expected)}
+
+
+def test_a_rate_is_measured_once_whatever_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+
+    def once(here: Here, convolutions: bool) -> Interval:
+        measured.append(here.seconds)
+        return Interval(1.0, 0.9, 1.1)
+
+    monkeypatch.setattr(training_time, "_rates", {})
+    monkeypatch.setattr(training_time, "_measured_rate", once)
+    for seconds in (4.0, 3.0, 2.0):
+        training_time.rate(Here(torch.device("cpu"), seconds), True)
+    assert measured == [4.0]
+
+
 def test_an_interrupt_is_not_swallowed(no_gpu: None) -> None:
     def interrupted(here: Here) -> Finding:
         raise KeyboardInterrupt

@@ -149,22 +149,29 @@ def test_a_wrong_result_exits_with_3(tiny: None, tmp_path: Path, monkeypatch: py
     assert not row.ratios
 
 
-def saved(path: Path, ratio: float) -> Path:
+def saved(path: Path, ratio: float, control: bool = True) -> Path:
     row = runner.Row("tiny", "torch-fused", "clip+step", "tiny", ratios=[ratio] * 20, ours_seconds=[1.0] * 20)
     row.ratio = stats.median_interval(row.ratios)
-    results.save(Run("2026-01-02T03:04:05+00:00", {"cpu": "made up"}, {}, [row]), path)
+    still = runner.Row("control", "torch-fused", "control", "control", ratios=[1.0] * 20, ours_seconds=[1.0] * 20)
+    still.ratio = stats.median_interval(still.ratios)
+    rows = [row, still] if control else [row]
+    results.save(Run("2026-01-02T03:04:05+00:00", {"cpu": "made up", "file": path.name}, {}, rows), path)
     return path
 
 
 def test_compare_exit_codes(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fast, slow = saved(tmp_path / "fast.json", 2.0), saved(tmp_path / "slow.json", 1.0)
     assert run("compare", fast, fast) == 0
-    assert run("compare", fast, slow, "--confirm", slow) == 1
+    assert run("compare", fast, slow, "--confirm", slow) == 2
+    assert "same as A or B" in capsys.readouterr().err
+    assert run("compare", fast, slow, "--confirm", saved(tmp_path / "bare.json", 1.0, control=False)) == 0
+    assert "REGRESSED" not in capsys.readouterr().out
+    assert run("compare", fast, slow, "--confirm", saved(tmp_path / "again.json", 1.0)) == 1
     assert "REGRESSED" in capsys.readouterr().out
     # Another machine's files: nothing here can confirm the change.
     assert run("compare", fast, slow) == 0
     assert "INCONCLUSIVE" in capsys.readouterr().out
-    assert run("compare", slow, fast, "--confirm", fast) == 0
+    assert run("compare", slow, fast, "--confirm", saved(tmp_path / "faster.json", 2.0)) == 0
     assert "IMPROVED" in capsys.readouterr().out
     assert run("compare", tmp_path / "none.json", slow) == 5
     assert run("compare", fast, tmp_path / "none.json") == 2

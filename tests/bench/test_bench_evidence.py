@@ -178,6 +178,40 @@ def test_update_replaces_a_zero_that_held_everywhere_and_keeps_what_was_written_
     assert by_hand == [Allowed("a", "kernel launches", 2, EVERYWHERE)]
 
 
+def test_a_zero_here_and_a_value_elsewhere_live_together() -> None:
+    elsewhere, here = {"": "others"}, [Count("a", "allocations", 0)]
+    rows = evidence.updated(
+        [Allowed("a", "allocations", 2, "others"), Allowed("a", "allocations", 1, HERE[""])], here, HERE
+    )
+    assert rows == [Allowed("a", "allocations", 0, EVERYWHERE), Allowed("a", "allocations", 2, "others")]
+    assert evidence.updated(rows, [Count("a", "allocations", 2)], elsewhere) == rows
+    counts = [Count("a", "allocations", 2)]
+    evidence.judge(counts, rows, elsewhere)
+    assert not counts[0].failed
+
+
+def test_what_holds_everywhere_by_its_nature_is_written_so() -> None:
+    where = {**HERE, "step: kernel launches": EVERYWHERE}
+    rows = evidence.updated(
+        [Allowed("step", "kernel launches", 3, "others")], [Count("step", "kernel launches", 2)], where
+    )
+    assert rows == [Allowed("step", "kernel launches", 2, EVERYWHERE)]
+    more = [Count("step", "kernel launches", 3)]
+    evidence.judge(more, rows, {"": "others"})
+    assert more[0].failed
+
+
+def test_where_a_count_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.__version__ in evidence.versions()
+    assert torch.backends.cpu.get_cpu_capability() in evidence.versions()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    where = evidence.places()
+    for what in ("kernel launches", "host-device syncs", "GPU allocations", "GPU peak bytes"):
+        assert "some GPU" in evidence.place_of(Count("a", what, 1), where)
+    assert "some GPU" not in evidence.place_of(Count("a", "peak bytes", 1), where)
+
+
 def test_without_a_committed_value_the_base_decides() -> None:
     counts = [Count("a", "torch operators", 4, base=3), Count("b", "torch operators", 4, base=4)]
     evidence.judge(counts, [], HERE)
@@ -299,6 +333,46 @@ def test_the_base_decides_about_instructions_whatever_is_committed() -> None:
     counts = [Count("step", "instructions", 1100, base=1000)]
     evidence.judge(counts, [Allowed("step", "instructions", 2000, "this valgrind")], HERE)
     assert counts[0].failed
+
+
+def test_a_committed_growth_raises_the_limit() -> None:
+    def failed(before: list[Allowed] | None) -> bool:
+        counts = [Count("step", "instructions", 1100, base=1000)]
+        evidence.judge(counts, [Allowed("step", "instructions", 1100, "this valgrind")], HERE, before)
+        return counts[0].failed
+
+    assert not failed([Allowed("step", "instructions", 1000, "this valgrind")])
+    assert not failed([])
+    assert failed([Allowed("step", "instructions", 1100, "this valgrind")])  # it was there before: nothing was meant
+    assert failed(None)
+
+
+@pytest.mark.parametrize(("total", "failed"), [(990, False), (1000, True)])
+def test_a_part_may_grow_while_the_whole_shrinks(total: int, failed: bool) -> None:
+    counts = [Count("step", "instructions, native", 600, base=500), Count("step", "instructions", total, base=1000)]
+    evidence.judge(counts, [], HERE)
+    assert [each.failed for each in counts] == [failed, False]
+
+
+def test_a_case_that_has_become_too_heavy_fails() -> None:
+    heavy = Found({"step": {"case": "step", "error": "too many instructions", "at_least": 4.5e8}})
+    base = Found({"step": {"case": "step", "counts": {"instructions": 3e8}}})
+    (found,) = counts = callgrind.counted(heavy, base)
+    evidence.judge(counts, [], HERE)
+    assert found.failed
+    assert "at least" in found.note
+    assert callgrind.counted(heavy) == [Count("step", "instructions", None, note="too many instructions")]
+
+
+def test_a_call_that_is_too_heavy_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counter, "total", lambda dump: 5e8)
+    regions: Any = SimpleNamespace(count=lambda call, times: "")
+    assert counter.instructions(plain, regions)["at_least"] == 5e8
+
+
+def test_where_instructions_hold_without_valgrind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no valgrind" in callgrind.where()
 
 
 def test_what_valgrind_cannot_count_is_said_and_does_not_fail() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -628,6 +629,20 @@ def test_channels_last() -> None:
 
 
 @pytest.mark.slow
+def test_compile_compiles_containers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13's own Module.compile() takes an nn.Sequential and compiles nothing."""
+    taken: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        taken.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    looped(cross_entropy, model, compile=True).fit(batches([4] * 3), epochs=1)
+    assert taken
+
+
 def test_compile_trains_the_same() -> None:
     models = [network(), network()]
     for model, compiled in zip(models, (False, True), strict=True):

@@ -40,6 +40,13 @@ def with_data(**arguments):
     parts = task(8, **arguments)
     return {**parts, "train_loader": parts["train_loader"].dataset}
 
+class Ready(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(task(8)["train_loader"])
+
+def with_ready_batches():
+    return {**task(8), "train_loader": Ready()}
+
 @dataclasses.dataclass
 class Parts:
     model: object
@@ -152,6 +159,12 @@ def test_a_target_may_return_a_data_set() -> None:
     assert [len(y) for _, y in training.train_loader] == [16, 16]
     with pytest.raises(ConfigError, match="batch_size is not given"):
         build(fastloop.Loop, read({"target": "config_task:with_data"}))
+
+
+def test_ready_batches_are_taken_as_they_are() -> None:
+    training = build(fastloop.Loop, read({"target": "config_task:with_ready_batches", "fit": {"epochs": 1}}))
+    assert type(training.train_loader).__name__ == "Ready"
+    assert [len(batch[0]) for batch in training.train_loader] == [8, 8, 8, 8]
 
 
 def test_another_fingerprint_warns(caplog: pytest.LogCaptureFixture) -> None:

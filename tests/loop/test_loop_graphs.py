@@ -7,6 +7,7 @@ not notice: schedules, short windows, odd shapes, skipped windows, checkpoints. 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import fastloop
 from fastloop.loop import graphs
-from fastloop.loop.graphs import WARM_UP
+from fastloop.loop.graphs import WARM_UP, CudaGraph
 
 
 class Recorded:
@@ -209,6 +210,126 @@ def test_a_setting_that_changes_is_captured_anew(recorded: list[Recorded]) -> No
     assert [graph.replays for graph in recorded] == [8 - WARM_UP, 8 - WARM_UP]
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_that_a_callback_loads_are_captured_anew(optimizer: str, recorded: list[Recorded]) -> None:
+    class Load:
+        def on_window(self, loop: fastloop.Loop, record: Any) -> None:
+            if record.step == 8:
+                loop.optimizer.load_state_dict(copy.deepcopy(loop.optimizer.state_dict()))
+
+    done = []
+    for cuda_graph in (False, True):
+        loop = loop_of(OPTIMIZERS[optimizer], cuda_graph=cuda_graph, callbacks=[Load()])
+        loop.fit(batches([4] * 16), epochs=1)
+        done.append(outcome(loop))
+    assert done[0] == done[1]
+    assert [graph.replays for graph in recorded] == [8 - WARM_UP, 8 - WARM_UP]
+
+
+def test_a_state_dict_leaves_the_states_as_they_are() -> None:
+    """A graph has the address of a momentum buffer, also where each step so far was skipped."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = fastloop.SGD([p], lr=0.1, momentum=0.9)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer._device_counts = {id(p): torch.zeros((), dtype=torch.int64)}  # as a device would count
+    assert "momentum_buffer" not in optimizer.state_dict()["state"][0]
+    assert "momentum_buffer" in optimizer.state[p]
+
+
+def test_no_capture_before_torch_has_its_momentum(recorded: list[Recorded]) -> None:
+    data = batches([4] * 14)
+    for x, _ in data[:5]:
+        x[0, 0] = torch.nan
+    done = []
+    for cuda_graph in (False, True):
+        loop = loop_of(
+            lambda params: torch.optim.SGD(params, lr=2.0**-5, momentum=0.5, fused=True), cuda_graph=cuda_graph
+        )
+        loop.fit(data, epochs=1)
+        done.append(repr(outcome(loop)))
+    assert done[0] == done[1]
+    assert [graph.replays for graph in recorded] == [14 - 5 - WARM_UP]
+
+
+def test_settings_that_change_in_each_window_end_the_captures(
+    recorded: list[Recorded], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Betas:
+        def on_window(self, loop: fastloop.Loop, record: Any) -> None:
+            loop.optimizer.param_groups[0]["betas"] = (0.9 - 1e-3 * record.step, 0.99)
+
+    done = []
+    for cuda_graph in (False, True):
+        loop = loop_of(cuda_graph=cuda_graph, callbacks=[Betas()])
+        with caplog.at_level(logging.WARNING, "fastloop.loop"):
+            loop.fit(batches([4] * 110), epochs=1)
+        done.append(outcome(loop))
+    assert done[0] == done[1]
+    assert len(recorded) == graphs.WASTED
+    assert [r.message.partition(",")[0] for r in caplog.records] == [
+        "cuda_graph=True: settings of the optimizer change every few windows"
+    ]
+
+
+def test_after_a_run_nothing_of_the_graph_is_left(recorded: list[Recorded]) -> None:
+    loop = loop_of(cuda_graph=True)
+    loop.fit(batches([4] * 10), epochs=1)
+    held = loop._graphs
+    assert (held._graph, held._batches, held._rates, held._states, held._plan) == (None, [], [], [], None)
+    assert held.replays == 10 - WARM_UP
+
+
+def test_master_weights_follow_before_a_replay(recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    replay = Recorded.replay
+
+    def watched(self: Recorded) -> Any:
+        moved.append(loop.optimizer._masters_moved())  # what a replay would not notice
+        return replay(self)
+
+    class Halve:
+        def on_window(self, loop: fastloop.Loop, record: Any) -> None:
+            if record.step == 8:
+                with torch.no_grad():
+                    next(loop.model.parameters()).mul_(0.5)
+
+    monkeypatch.setattr(Recorded, "replay", watched)
+    loop = loop_of(cuda_graph=True, precision="bf16-pure", callbacks=[Halve()])
+    loop.fit(batches([4] * 12), epochs=1)
+    assert moved == [False] * (12 - WARM_UP)
+
+
+def test_a_capture_that_fails_sets_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", found.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **options: nullcontext())
+    monkeypatch.setattr(graphs, "_side_stream", lambda device: None)
+
+    def fails() -> None:
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        CudaGraph(torch.device("cpu")).capture(fails)
+    assert found == ["before"]
+
+
+@pytest.mark.parametrize("through", ["a checkpoint", "a state_dict"])
+def test_capturable_stays_that_of_the_run(through: str, tmp_path: Path) -> None:
+    captured, plain = loop_of(), loop_of()
+    captured.fit(batches([4] * 2), epochs=1)
+    captured.optimizer.param_groups[0]["capturable"] = True  # as a loop with graphs sets it
+    if through == "a checkpoint":
+        plain.load(captured.save(tmp_path / "saved"))
+    else:
+        plain.load_state_dict(captured.state_dict())
+    assert plain.optimizer.param_groups[0]["capturable"] is False
+    assert outcome(plain)[0] == outcome(captured)[0]
+
+
 def test_a_learning_rate_of_ones_own_on_the_device(recorded: list[Recorded]) -> None:
     done = []
     for cuda_graph in (False, True):
@@ -242,11 +363,14 @@ def test_texts_in_a_batch_belong_to_its_shape(recorded: list[Recorded]) -> None:
 def test_a_window_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuses(self: Recorded, function: Callable[[], Any]) -> None:
         function()
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:  # as the end of the capture does
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(Recorded, "capture", refuses)
     loop = loop_of(cuda_graph=True, run_dir=tmp_path)
-    with pytest.raises(RuntimeError, match=r"cannot be captured \(operation not permitted.*\.item\(\)"):
+    with pytest.raises(RuntimeError, match=r"cannot be captured \(operation not permitted.*\.item\(\).*new process"):
         loop.fit(batches([4] * 8), epochs=1)
     assert loop.global_step == WARM_UP
     assert all(p.grad is None for p in loop.model.parameters())

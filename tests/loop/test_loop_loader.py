@@ -38,6 +38,18 @@ class OwnIteration(DataLoader):
         return super().__iter__()
 
 
+class Shortened:
+    def __len__(self):
+        return 2
+
+    def set_epoch(self, epoch):
+        """Stands for a loader that shuffles by the epoch."""
+
+
+class OwnLength(Shortened, DataLoader):
+    """What it does in its own way comes from a class that is no DataLoader."""
+
+
 def collate(items):
     return torch.stack(items)
 
@@ -110,7 +122,8 @@ def test_a_loader_that_keeps_its_place_stays_one() -> None:
             DataLoader(Numbers(), batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 4, False)),
             {"batch_size": 4}, ValueError, "batch_sampler of its own",
         ),
-        (OwnIteration(Numbers()), {"num_workers": 1}, TypeError, "OwnIteration iterates in its own way"),
+        (OwnIteration(Numbers()), {"num_workers": 1}, TypeError, "OwnIteration has __iter__ of its own"),
+        (OwnLength(Numbers()), {"num_workers": 1}, TypeError, "OwnLength has __len__ and set_epoch of its own"),
         (Numbers(), {"num_workers": 1}, ValueError, "batch_size is not given"),
         ([NUMBERS], {"batch_size": 1}, TypeError, "for a DataLoader or a data set, got list"),
     ],

@@ -89,6 +89,23 @@ def test_rows_hold_the_latest_sample(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [each.calls for each in Monitor.made] == [["start", "stop"]] * 2
 
 
+def test_a_training_on_the_cpu_asks_for_no_gpu(tmp_path: Path) -> None:
+    loop_of(tmp_path, system_every_seconds=1.0, device="cpu")
+    assert [torch.device(each.device).type for each in Monitor.made] == ["cpu"]
+
+
+def test_a_monitor_that_fails_leaves_the_logs_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Monitor) -> None:
+        raise OSError("no monitor")
+
+    monkeypatch.setattr(Monitor, "stop", fail)
+    loop = loop_of(tmp_path, system_every_seconds=1.0)
+    with pytest.raises(OSError, match="no monitor"):
+        loop.fit(DATA, epochs=1)
+    assert not loop._reporter._open
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
+
+
 def test_without_the_option_nothing_is_sampled(tmp_path: Path) -> None:
     loop_of(tmp_path).fit(DATA, epochs=1)
     assert not Monitor.made

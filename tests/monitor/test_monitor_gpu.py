@@ -88,6 +88,25 @@ def test_the_uuid_that_cuda_tells_of_an_instance_is_found(nvml: Use, monkeypatch
     assert locate(fake, 0) == ("MIG-9999", True, True)
 
 
+@pytest.mark.parametrize("failing", ["nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetUUID"])
+def test_an_instance_is_found_where_the_devices_cannot_be_listed(
+    nvml: Use, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    fake = nvml(mig=True, fails={failing: "Insufficient Permissions"})
+    start_cuda(monkeypatch, "9999")
+    assert locate(fake, 0) == ("MIG-9999", True, True)
+
+
+def test_what_the_environment_says_after_cuda_has_started_is_not_asked(
+    nvml: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = nvml({"GPU-a": "H200", "GPU-b": "H200"}, mig=False)
+    start_cuda(monkeypatch, "b")
+    for changed in ("", "GPU-a", "MIG-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", changed)
+        assert locate(fake, 0) == ("GPU-b", False, True)
+
+
 def test_one_error_stops_no_other_field(nvml: Use) -> None:
     nvml(fails={"nvmlDeviceGetPowerUsage": "GPU is lost"}, lacks=("nvmlDeviceGetTemperature",))
     got = read()

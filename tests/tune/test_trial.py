@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from fastloop.tune import trial
 from fastloop.tune.child import is_out_of_memory
-from fastloop.tune.watch import descendants, marked
+from fastloop.tune.watch import Watch, descendants, marked
 
 HERE = str(Path(__file__).parent)
 MIB = 2**20
@@ -179,12 +181,28 @@ def test_no_fork_after_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- watching
 
 
+def test_what_was_noted_before_the_memory_limit_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        pid, returncode = 0, None
+
+        def wait(self, seconds: float) -> None:
+            raise subprocess.TimeoutExpired("it", seconds)
+
+    heard: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as answer:
+        answer.write(b'{"note": {"found": 1}}\n')
+        answer.flush()
+        watch = Watch(Endless(), time.monotonic() + 60.0, 10, output, answer, lambda note, peak: heard.append(note))
+        monkeypatch.setattr(watch, "_look_at_memory", lambda now: setattr(watch, "peak", 20))
+        assert watch.until_it_ends() == trial.OUT_OF_MEMORY
+    assert heard == [{"found": 1}]
+    assert watch.peak == 20
+
+
 def test_descendants_are_of_every_thread_and_generation() -> None:
     done, started, pids = threading.Event(), threading.Event(), []
 
     def fork_in_a_thread() -> None:
-        import subprocess
-
         code = "import subprocess,sys,time; subprocess.Popen([sys.executable,'-c','import time; time.sleep(60)']);"
         process = subprocess.Popen(
             [sys.executable, "-c", code + "print('up', flush=True); time.sleep(60)"],

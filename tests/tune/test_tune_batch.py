@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastloop import tune
-from fastloop.tune import trial
+from fastloop.tune import size_trial, trial
 from fastloop.tune.batch import COMPARE, batch
 from fastloop.tune.longest import elements, fixed_batches, look, samples_of
 from fastloop.tune.session import Session
@@ -376,6 +376,8 @@ def test_a_paired_run_that_fails_is_said(on: Any) -> None:
     report = on(Machine((16, 4), gain=None))
     assert report.gain is None
     assert any("paired run" in each for each in report.findings)
+    assert (report.keep, report.loader, report.loop) == (True, {}, {})
+    assert report.best is report.present
 
 
 def test_a_present_size_that_runs_out_of_memory_is_replaced(on: Any) -> None:
@@ -422,6 +424,8 @@ def test_the_budget_ends_the_search(on: Any, monkeypatch: pytest.MonkeyPatch) ->
     report = on(machine)
     assert len(machine.tried) == 4
     assert any("budget" in each for each in report.findings)
+    assert report.keep
+    assert report.loader == {}
 
 
 @pytest.mark.parametrize(
@@ -438,6 +442,19 @@ def test_the_budget_ends_the_search(on: Any, monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=rf"\[tune\].*{words}"):
         batch("json:loads", **options)
+
+
+def test_both_sides_are_compared_without_graphs() -> None:
+    """A loop keeps a graph of one shape; and here, without a GPU, one with cuda_graph cannot be made at all."""
+    spec = {"function": "tune_sizes:perceptron", "arguments": {}, "options": {"cuda_graph": True}, "loader": {}}
+    found = size_trial.compare_sizes(spec, (8, 1), (4, 2), 0.0)
+    assert found["pairs"] >= 5
+
+
+def test_graphs_left_out_of_the_paired_run_are_told(on: Any) -> None:
+    report = on(Machine((16, 4)), options={"cuda_graph": True})
+    assert report.gain is not None
+    assert any("without cuda_graph" in each for each in report.findings)
 
 
 # ---- real processes

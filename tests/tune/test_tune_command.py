@@ -96,7 +96,9 @@ def test_a_broken_target_has_its_traceback_and_code(main: Main, capsys: pytest.C
 
 def test_a_hanging_target_ends(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("loader", "--target", "targets:hangs", "--timeout", "4s") == 6
-    assert "not done after 4 s" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "not done after 4 s" in error
+    assert "--timeout" in error
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,7 @@ def test_a_hanging_target_ends(main: Main, capsys: pytest.CaptureFixture[str]) -
         ["--set", "loader.workers=2"],
         ["--apply"],
         ["--apply", "other.toml"],
+        ["--target", "targets:slow", "--apply", "mine.toml"],
     ],
 )
 def test_wrong_use_is_told_before_anything_is_measured(
@@ -115,6 +118,7 @@ def test_wrong_use_is_told_before_anything_is_measured(
 ) -> None:
     asked = answers(monkeypatch)
     Path("other.toml").write_text('target = "other:thing"\n')
+    Path("mine.toml").write_text('target = "targets:slow"\n[loop]\nprecision = "bf16"\n')
     assert main("loader", *arguments) == 2
     assert not asked
     assert capsys.readouterr().err

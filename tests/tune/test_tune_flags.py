@@ -91,6 +91,10 @@ def test_on_a_gpu() -> None:
         ({**CPU, "precision": "bf16"}, {}, "precision", "is bf16 already"),
         (CPU, {"compile": True}, "compile", "is on already"),
         (GPU, {"cuda_graph": True}, "cuda_graph", "is on already"),
+        (GPU, {"auto_microbatch": True}, "cuda_graph", "does not go with auto_microbatch, which is on"),
+        (GPU, {"strategy": "ddp"}, "cuda_graph", "does not go with strategy, which is on"),
+        (GPU, {"activation_checkpointing": 1}, "cuda_graph", "does not go with activation_checkpointing, which is on"),
+        (GPU, {"cuda_graph": True}, "activation_checkpointing", "does not go with cuda_graph"),
         ({**CPU, "blocks": 3}, {"activation_checkpointing": 2}, "activation_checkpointing", "is on already"),
         ({**CPU, "cpus": 1, "threads": 1}, {}, "threads", "there is one CPU to use, and 1 thread"),
     ],
@@ -417,12 +421,19 @@ def test_fewer_bits_have_an_error(spec: Any) -> None:
     assert 1e-5 < found["error"] < 0.1
 
 
+def test_the_error_is_not_that_of_a_schedule_without_an_end(spec: Any) -> None:
+    scheduled = {**spec, "options": {"schedule": {"name": "cosine", "warmup_steps": 10}, "threads": 1}}
+    changed = [flag_trial.compare(each, {}, {"precision": "bf16"}, 0.0)["error"] for each in (spec, scheduled)]
+    assert changed[0] == changed[1]
+
+
 def test_a_side_in_a_process_of_its_own_begins_alike_too(spec: Any) -> None:
     found = flag_trial.compare(spec, {"threads": 1}, {"threads": 1}, 0.0, own_process=True)
     assert found["error"] == 0.0
     assert found["norm_error"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_side_in_a_process_of_its_own_says_why_it_failed(spec: Any) -> None:
     with pytest.raises(RuntimeError, match="no layer is named 'nowhere'"):
         flag_trial.compare(spec, {}, {"activation_checkpointing": ["nowhere"]}, 0.0, own_process=True)
@@ -479,6 +490,7 @@ def test_of_a_target(tmp_path: Path) -> None:
     assert flags("flag_target:task", options={"threads": 1}, only=["precision", "cuda_graph"], budget=40).cached
 
 
+@pytest.mark.slow
 def test_of_a_target_that_is_broken(tmp_path: Path) -> None:
     (tmp_path / "flag_target.py").write_text(TARGET, encoding="utf-8")
     with pytest.raises(TargetError, match="no data"):

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 
 from fastloop import machine, tune
 from fastloop.bench.stats import Interval
-from fastloop.tune import step
-from fastloop.tune.loader import candidates, smallest_near_best, won
+from fastloop.loop.forward import forward_backward
+from fastloop.tune import loading, step, trial
+from fastloop.tune.loader import _Search, candidates, smallest_near_best, won
 from fastloop.tune.report import Trial
+from fastloop.tune.session import Session
 
 ONE = {"threads": 1}  # OpenMP's threads wait for each other on a busy machine
 
@@ -57,7 +59,7 @@ def test_workers_remove_the_wait_of_a_slow_getitem(two_cpus: None) -> None:
 def test_a_dataset_of_this_process(two_cpus: None) -> None:
     data = targets.Rows(count=4096, seconds=0.01)
     data.unpicklable = lambda: None
-    report = tune.loader(data, settings={"batch_size": 4}, budget=12.0)
+    report = tune.loader(data, settings={"batch_size": 4}, budget=8.0)
     assert not report.keep
     assert report.loader["num_workers"] == 2
     assert report.trials[0] is report.present
@@ -205,3 +207,144 @@ def test_a_trial_neither_writes_nor_calls_back(tmp_path: Path) -> None:
         assert steps.step() == 16
     assert os.listdir(tmp_path) == []
     assert made.loop.global_step == 1
+
+
+class Graphs:
+    """In place of a loop's: trains without capturing."""
+
+    def __init__(self, loop: Any) -> None:
+        self.loop, self.windows = loop, 0
+
+    def begin(self) -> None:
+        self.windows = 0
+
+    def run(self, window: Any) -> None:
+        self.windows += 1
+        for batch in window:
+            window.expect_backward()
+            forward_backward(self.loop, batch)
+        self.loop.step()
+
+
+def test_steps_are_those_of_fit_where_there_are_graphs() -> None:
+    loop = step.training(tune.target.resolve("targets:slow", options={"threads": torch.get_num_threads()})).loop
+    loop._graphs = Graphs(loop)
+    batch = (torch.ones(4, targets.FEATURES), torch.ones(4))
+    with step.Steps(loop, step.Again(batch)) as steps:
+        assert [steps.step(), steps.step()] == [4, 4]
+    assert loop._graphs.windows == 2
+
+
+class Clocked:
+    """Batches that take so many seconds by a clock that is set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.now, self.seconds, self.taken = 0.0, seconds, 0
+        monkeypatch.setattr(step, "perf_counter", lambda: self.now)
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        self.now += self.seconds
+        self.taken += 1
+        return torch.zeros(4)
+
+
+def test_few_batches_are_taken_where_one_takes_longer_than_all_of_them_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Clocked(monkeypatch, 5.0)
+    found = step.measure(step.Pulls(step.Stream(slow)), 1.0)
+    assert found.rates == [pytest.approx(0.8)]
+    assert slow.taken == 2
+    fast = Clocked(monkeypatch, 0.01)
+    assert len(step.measure(step.Pulls(step.Stream(fast)), 1.0).rates) >= 5
+
+
+@pytest.mark.parametrize("name", ["dataset", "collate_fn"])
+def test_what_cannot_be_sent_to_workers_is_said(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    data = targets.Rows(count=8)
+    more: dict[str, Any] = {}
+    if name == "dataset":
+        data.local = lambda: None
+    else:
+        more["collate_fn"] = lambda batch: batch
+    loader = DataLoader(data, num_workers=1, **more)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    with pytest.raises(ValueError, match=rf"^\[tune\] .*{name}.*top of a module"):
+        step.do_not_fork_after_cuda(loader)
+    assert not data.x.is_shared()
+
+
+def test_workers_that_persist_end_with_the_stream() -> None:
+    stream = step.Stream(DataLoader(targets.Rows(count=64), batch_size=4, num_workers=1, persistent_workers=True))
+    next(stream)
+    workers = list(stream._iterator._workers)
+    assert all(each.is_alive() for each in workers)
+    stream.close()
+    assert not any(each.is_alive() for each in workers)
+
+
+# ---- around the trials
+
+
+def answered(monkeypatch: pytest.MonkeyPatch, both: dict[str, Any], pair: trial.Outcome | None = None) -> list[dict]:
+    """The bottleneck is as given, and two workers twice as fast; what paired runs were asked."""
+    asked: list[dict[str, Any]] = []
+    rates = {"rates": [100.0] * 5, "wait_share": 0.0, "startup_seconds": 0.0, "startup_share": 0.0}
+
+    def run(function: str, arguments: dict[str, Any], *, on_note: Any = None, **_: Any) -> trial.Outcome:
+        if function.endswith(":bottleneck"):
+            found = {"alone": rates, "cached": rates, "both": rates | both, "settings": present(), "kind": "DataLoader"}
+            return trial.Outcome(trial.OK, {**found, "cuda": False})
+        if function.endswith(":two"):
+            asked.append(arguments)
+            return pair or trial.Outcome(trial.OK, {"ratios": [2.0] * 5})
+        for each in arguments["settings"]:
+            found = rates | {"rates": [100.0 + 100.0 * (each["num_workers"] == 2)] * 5}
+            on_note({"found": found, "seconds": 0.1}, None)
+        return trial.Outcome(trial.OK)
+
+    monkeypatch.setattr(trial, "run", run)
+    return asked
+
+
+def test_the_start_of_workers_counts_as_waiting(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    asked = answered(monkeypatch, {"rates": [70.0] * 5, "startup_share": 0.3})
+    report = tune.loader("targets:slow", budget=120.0, timeout=10.0)
+    assert report.loader["num_workers"] == 2
+    assert asked[0]["seconds"] <= 5.0  # of the 10 that the trial has
+    assert tune.loader("targets:slow", budget=120.0, timeout=10.0).cached
+
+
+def test_an_answer_whose_paired_run_failed_is_not_kept(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    answered(monkeypatch, {"rates": [70.0] * 5, "wait_share": 0.3}, trial.Outcome(trial.TIMEOUT, reason="not done"))
+    assert tune.loader("targets:slow", budget=120.0).keep
+    assert not tune.loader("targets:slow", budget=120.0).cached
+
+
+def test_in_this_process_a_batch_has_the_timeout(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    heard: list[float | None] = []
+
+    def several_alone(given: Any, settings: Any, seconds: float, until: float, wait: float | None = None) -> None:
+        heard.append(wait)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(loading, "several_alone", several_alone)
+    with pytest.raises(tune.TargetError):
+        tune.loader(targets.Rows(), settings={"batch_size": 4}, budget=5.0, timeout=3.0)
+    assert heard == [3.0]
+    assert loading._waiting(DataLoader(targets.Rows(), num_workers=1), 3.0).timeout == 3.0
+    assert loading._waiting(DataLoader(targets.Rows()), 3.0).timeout == 0
+
+
+def test_a_process_that_ends_badly_after_its_last_note() -> None:
+    rates = {"rates": [100.0] * 5, "wait_share": 0.0, "startup_seconds": 0.0, "startup_share": 0.0}
+    session = Session("loader", None, name="a DataLoader", budget=10.0, timeout=5.0)
+
+    def attempt(settings: Any, seconds: float, until: float, on_note: Any) -> trial.Outcome:
+        on_note({"found": rates, "seconds": 0.1}, None)
+        return trial.Outcome(trial.OUT_OF_MEMORY, reason="took too much")
+
+    found = _Search(session, present(), attempt, None, cuda=False)._tried([present()], 0.1, 5.0)
+    assert [each.status for each in found] == ["ok"]

@@ -427,6 +427,29 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], problem: str) -> N
     assert problem in str(caught.value)
 
 
+def test_torchs_settings_for_the_process_come_back() -> None:
+    model = nn.Linear(6, 3)
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    options = {"threads": before[0] + 1, "matmul_precision": "medium", "deterministic": True}
+    seen: list[tuple[int, str, bool]] = []
+
+    def on_step(*_: Any) -> None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        seen.append((torch.get_num_threads(), torch.get_float32_matmul_precision(), deterministic))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    lr_range_test(model, optimizer, nn.CrossEntropyLoss(), loader(), steps=10, options=options, on_step=on_step)
+    assert seen[0] == (before[0] + 1, "medium", True)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_curve_that_ends_early_is_smoothed_as_it_was_measured() -> None:
+    losses = [1.0 - 0.01 * i for i in range(40)]
+    whole = summary(rates()[:40], losses, None, 100)
+    assert whole.smoothed == summary(rates(), losses + [0.5] * 60, None).smoothed[:40]
+
+
 def test_an_empty_loader() -> None:
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

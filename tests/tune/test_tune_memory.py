@@ -264,6 +264,7 @@ def test_every_remedy_is_tried_where_it_can_be() -> None:
         ({"batch_size": None}, {}, {"half", "quarter"}, "the loader makes its batches"),
         ({"blocks": 0}, {}, {"checkpointing"}, "blocks"),
         ({}, {"activation_checkpointing": 2}, {"checkpointing"}, "already"),
+        ({}, {"cuda_graph": True}, {"checkpointing"}, "does not go with cuda_graph"),
         ({"precision": "bf16"}, {}, {"autocast", "weights"}, "already"),
         ({"bf16": False}, {}, {"autocast", "weights"}, "does not compute"),
         ({"ours": False, "optimizer": "torch's AdamW"}, {}, {"weights", "states"}, "fastloop"),

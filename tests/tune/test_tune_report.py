@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,27 @@ def test_json_and_back() -> None:
     assert after.present is after.trials[0]
 
 
+def test_what_is_no_number_is_null() -> None:
+    found = report()
+    found.trials[0].error, found.trials[1].extra["pays_after"] = math.inf, [math.nan, 1.0]
+    text = found.to_json()
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    after = Report.from_json(text)
+    assert (after.trials[0].error, after.trials[1].extra["pays_after"]) == (None, [None, 1.0])
+
+
+def test_the_sentence_is_true() -> None:
+    failed = Trial({}, "out of memory")
+    nothing = {"keep": True, "loop": {}, "loader": {}, "gain": None}
+    assert report(**nothing).summary().startswith("Keep yours")
+    assert "do not run" in report(present=failed, **nothing).summary()
+    assert "do not run" in report(present=failed, gain=None).summary()
+    memory = report(**nothing)
+    memory.kind = "memory"
+    assert memory.summary() == "Nothing to change: the present settings fit."
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": "fastloop-tune/0"}', '{"schema": "fastloop-tune/1"}'])
 def test_other_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="wanted a report"):
@@ -157,6 +179,11 @@ def test_the_snippet_is_python() -> None:
     compile(text, "snippet", "exec")
     assert "num_workers=2" in text
     assert "threads=1" in text
+    assert "DataLoader(dataset" not in text  # its other arguments are the target's
+    assert "fit()" not in text
+    graph = report(loop={"cuda_graph": True}).snippet()
+    compile(graph, "snippet", "exec")
+    assert "needs fit()" in graph
     assert report(keep=True, loop={}, loader={}).snippet().startswith("#")
 
 
@@ -184,6 +211,21 @@ def test_written_from_nothing(tmp_path: Path) -> None:
     assert file.read_text() == report().toml()
     assert from_config(file).loader == {"batch_size": 16, "num_workers": 2}
     assert from_config(file).options == {"max_grad_norm": 1.0, "threads": 1}
+
+
+def test_only_what_was_measured_is_stamped(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    old = 'target = "targets:slow"\n[loop]\nprecision = "bf16"\nrun_dir = "runs"\n'
+    kept = report(keep=True, loop={}, loader={})
+    file.write_text(old)
+    kept.apply(file)
+    assert "fingerprint" not in file.read_text()
+    file.write_text(old.replace('precision = "bf16"\n', ""))
+    kept.apply(file)
+    assert "fingerprint" in file.read_text()
+    file.write_text(old)
+    report().apply(file)
+    assert "fingerprint" in file.read_text()
 
 
 def test_another_targets_file_is_left_alone(tmp_path: Path) -> None:
@@ -253,6 +295,13 @@ def test_an_answer_is_kept_and_voided(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert session(settings={"num_workers": 1}).cached is None
     assert session(question={"largest": 8}).cached is None
     assert session(budget=20.0).cached is None
+    for name in cache.VARIABLES:
+        with monkeypatch.context() as other:
+            other.setenv(name, "7")
+            assert session().cached is None
+    with monkeypatch.context() as other:
+        other.setattr("torch.get_num_threads", lambda: 77)
+        assert session().cached is None
     with monkeypatch.context() as other:
         other.setattr("fastloop.machine.fingerprint", lambda: "another machine")
         assert session().cached is None
@@ -270,6 +319,16 @@ def test_a_changed_source_voids_an_answer(tmp_path: Path) -> None:
     (tmp_path / "mine" / "helper.py").write_text("x = 2\n")
     assert cache.key("loader", target, {}) != before
     assert "mine" not in sys.modules
+
+
+def test_sources_are_those_below_and_not_installed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("task.py", "parts/net.py", ".venv/lib/a.py", "env/site-packages/b.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    target = Target("task:build", folders=(str(tmp_path),))
+    assert target.sources() == [tmp_path / "task.py", tmp_path / "parts" / "net.py"]
+    monkeypatch.setattr("fastloop.tune.target.MOST_SOURCES", 1)
+    assert target.sources() == [tmp_path / "task.py"]
 
 
 @pytest.mark.parametrize("wrong", [{"budget": 0}, {"timeout": -1.0}, {"memory_limit": 0}])

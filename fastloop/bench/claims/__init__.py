@@ -98,7 +98,7 @@ def run(
             here = Here(device, min(SECONDS, max(end - start, 0.0) / (len(claims) - number)))
             late = start >= end and claim.gpus <= present
             finding = _no_time(claim, budget) if late else try_claim(claim, here, present)
-            rows.append(Row(claim, finding, _device(finding, present), clock() - start))
+            rows.append(Row(claim, finding, _device(claim, finding, present), clock() - start))
             if on_row is not None:
                 on_row(rows[-1])
     return rows
@@ -108,9 +108,9 @@ def _no_time(claim: Claim, budget: float) -> Finding:
     return Finding("-", Verdict.ERROR, f"no time left of {budget:.0f} s; `claims -k {claim.name}` tries it alone")
 
 
-def _device(finding: Finding, present: int) -> str:
+def _device(claim: Claim, finding: Finding, present: int) -> str:
     """Where the row was tried; the claim's own need where it was not."""
     if finding.verdict is Verdict.NEEDS:
         return finding.note
     threads = torch.get_num_threads()
-    return machine.gpu_model() if present else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return machine.gpu_model() if present and not claim.on_cpu else f"CPU, {threads} thread{'s' if threads > 1 else ''}"

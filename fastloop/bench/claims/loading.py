@@ -94,8 +94,8 @@ def pinned(here: Here) -> Finding:
 
 CLAIMS = (
     Claim("workers-waiting", f"{WORKERS} workers, slow storage", "faster with 4-8 workers",
-          partial(workers, wait=True, count=WORKERS)),
+          partial(workers, wait=True, count=WORKERS), on_cpu=True),
     Claim("workers-computing", f"{WORKERS} workers, slow transforms", "faster with 4-8 workers",
-          partial(workers, wait=False, count=WORKERS)),
+          partial(workers, wait=False, count=WORKERS), on_cpu=True),
     Claim("pin-memory", "pinned memory", "faster copies to the GPU", pinned, gpus=1),
 )  # fmt: skip

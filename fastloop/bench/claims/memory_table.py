@@ -105,12 +105,13 @@ def batch_growth(here: Here) -> Finding:
 
 
 CLAIMS = (
-    Claim("resnet50-weights", "ResNet-50's weights, fp32 and 16 bits", "100 MB, 50 MB", weights),
-    Claim("resnet50-adam", "ResNet-50's Adam states", "200 MB", adam),
+    Claim("resnet50-weights", "ResNet-50's weights, fp32 and 16 bits", "100 MB, 50 MB", weights, on_cpu=True),
+    Claim("resnet50-adam", "ResNet-50's Adam states", "200 MB", adam, on_cpu=True),
     Claim("resnet50-activations-fp32", "ResNet-50, batch 32, fp32", "about 8 GB of activations",
-          partial(saved, precision="fp32")),
+          partial(saved, precision="fp32"), on_cpu=True),
     Claim("resnet50-activations-bf16", "ResNet-50, batch 32, 16 bits", "about 4 GB of activations",
-          partial(saved, precision="bf16")),
-    Claim("resnet50-total", "ResNet-50's training, fp32 and 16 bits", "about 8.3 GB, 4.25 GB", total),
-    Claim("resnet50-batch", "batch in the same memory, 16 bits", "twice as large (32 to 64)", batch_growth),
+          partial(saved, precision="bf16"), on_cpu=True),
+    Claim("resnet50-total", "ResNet-50's training, fp32 and 16 bits", "about 8.3 GB, 4.25 GB", total, on_cpu=True),
+    Claim("resnet50-batch", "batch in the same memory, 16 bits", "twice as large (32 to 64)", batch_growth,
+          on_cpu=True),
 )  # fmt: skip

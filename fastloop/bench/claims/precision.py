@@ -72,6 +72,6 @@ CLAIMS = (
     Claim("amp-speed-bf16", "mixed precision, bf16", "2-3x faster", partial(speed, dtype=torch.bfloat16)),
     Claim("amp-memory-fp16", "mixed precision, fp16", "half the memory", partial(memory, dtype=torch.float16), gpus=1),
     Claim("amp-memory-bf16", "mixed precision, bf16", "half the memory", partial(memory, dtype=torch.bfloat16)),
-    Claim("fp16-limits", "numbers that fp16 loses", "1e-8 to 0, 70000 to inf, 1 + 1e-6 to 1", fp16_limits),
-    Claim("bf16-range", "bf16's numbers", "fp32's range 1e-38 to 1e38, about 2 digits", bf16_range),
+    Claim("fp16-limits", "numbers that fp16 loses", "1e-8 to 0, 70000 to inf, 1 + 1e-6 to 1", fp16_limits, on_cpu=True),
+    Claim("bf16-range", "bf16's numbers", "fp32's range 1e-38 to 1e38, about 2 digits", bf16_range, on_cpu=True),
 )

@@ -109,6 +109,7 @@ class Claim:
     """One figure of the guides: what it is about, the figure, and the scenario that tries it.
 
     gpus: how many the scenario needs; 0: it runs anywhere.
+    on_cpu: it works on the CPU, also where there is a GPU.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Claim:
     claimed: str
     measure: Callable[[Here], Finding]
     gpus: int = 0
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,19 @@ def _step(here: Here, convolutions: bool) -> Callable[[], None]:
     return run
 
 
-@cache
+_rates: dict[tuple[torch.device, bool], Interval] = {}
+
+
 def rate(here: Here, convolutions: bool) -> Interval:
-    """FLOP/s of a training step here; the first two steps, counted and warm-up, are left out."""
+    """FLOP/s of a training step here, measured once, whatever time later rows have for it."""
+    key = here.device, convolutions
+    if key not in _rates:
+        _rates[key] = _measured_rate(here, convolutions)
+    return _rates[key]
+
+
+def _measured_rate(here: Here, convolutions: bool) -> Interval:
+    """The first two steps, counted and warm-up, are left out."""
     step = here.timed(_step(here, convolutions))
     flops = counted(step)
     step()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastloop.bench import report, stats
-from fastloop.bench.commands.shared import EXIT_CODES, USAGE, VOID, fail, progress, style
+from fastloop.bench.commands.shared import EXIT_CODES, OUTPUT, USAGE, VOID, fail, progress, style
 from fastloop.bench.regression import ab, builds, html, markdown, record, revisions
 from fastloop.bench.stats import Verdict
 
@@ -31,6 +32,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--no-rerun", action="store_true", help="what looks changed then stays INCONCLUSIVE")
     parser.add_argument("--no-install", action="store_true", help="import the sources, without pip install")
+    # argparse would set the default here over what stands before the command.
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=f"default: {OUTPUT}/ab")
     parser.set_defaults(run=_ab)
 
 
@@ -58,7 +61,7 @@ def _ab(console: Console, args: argparse.Namespace) -> int:
     )
     try:
         with progress() as tell:
-            found = revisions.run(asked, args.output.parent / "builds", tell)
+            found = revisions.run(asked, OUTPUT.parent / "builds", tell)
     except (ab.NoCases, revisions.WrongUse) as error:
         fail(error)
         return USAGE
@@ -66,7 +69,7 @@ def _ab(console: Console, args: argparse.Namespace) -> int:
         fail(error)
         return VOID
     console.print(changes_table(found))
-    folder = args.output / "ab"
+    folder = args.output / "ab" if args.output == OUTPUT else args.output
     record.save(found, folder / "result.json")
     (folder / "report.md").write_text(markdown.render(found), encoding="utf-8")
     (folder / "report.html").write_text(html.render(found), encoding="utf-8")
@@ -85,7 +88,7 @@ def changes_table(found: record.Report) -> Table:
         if each.control and each.verdict is Verdict.PASS:
             verdict = "quiet"
         table.add_row(
-            each.case,
+            Text(each.case),
             Text(verdict, style="bold red" if each.wrong else style(each.verdict)),
             f"{each.interval.median:.3f}" if each.interval else "",
             report.interval(each.interval) if each.interval else "",

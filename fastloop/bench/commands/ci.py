@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,35 @@ def add(commands: Any) -> None:
     parser.add_argument("--floors", type=Path, metavar="FILE", help=f"default: {ci.FLOORS}")
     parser.add_argument("--evidence", type=Path, metavar="FILE", help=f"default: {ci.EVIDENCE}")
     parser.add_argument("--update", action="store_true", help="write the counts into the file of evidence")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=ci.SECONDS,
+        metavar="S",
+        help="for timing both revisions; default: %(default)g",
+    )
+    parser.add_argument("--no-install", action="store_true", help="import both revisions' sources, without pip install")
     # argparse would set the default here over what stands before the command.
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="DIR", help=f"default: {OUTPUT}/ci")
     parser.set_defaults(run=_ci)
 
 
+def seconds(text: str) -> float:
+    """Raises argparse.ArgumentTypeError: not a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"wanted seconds above 0, got {text!r}")
+    return value
+
+
 def _ci(console: Console, args: argparse.Namespace) -> int:
     folder = args.output / "ci" if args.output == OUTPUT else args.output
-    request = ci.Request(args.base, args.cases, args.floors, args.evidence, args.update)
+    request = ci.Request(
+        args.base, args.cases, args.floors, args.evidence, args.update, not args.no_install, args.seconds
+    )
     try:
         with progress() as tell:
             found = ci.Guard(request, tell).run()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from fastloop.bench import compare, env, pytest_json, report, results, session, stats
 from fastloop.bench.checks import WrongResult
 from fastloop.bench.commands.shared import EXIT_CODES, NO_BASELINE, USAGE, fail, progress, style
+from fastloop.bench.measure import FEWEST_PAIRS
 from fastloop.bench.results import BadResult, Row, Run
 
 
@@ -43,7 +45,9 @@ def _load_pair(args: argparse.Namespace) -> tuple[Run, Run, Run | None] | int:
 def _rerun(after: Run, confirm: Run | None, allowed: bool, tell: Callable[[str, int], None]) -> compare.Rerun:
     """Where the 40 pairs that confirm a change come from: a file, this machine if it and the build are B's, nowhere."""
     if confirm is not None:
-        known = {} if confirm.void else {row.key: row.ratios for row in confirm.rows if row.ratios}
+        quiet = confirm.control is not None and not confirm.void
+        enough = [row for row in confirm.rows if quiet and len(row.ratios) >= FEWEST_PAIRS]
+        known = {row.key: row.ratios for row in enough}
         return lambda row: known.get(row.key)
     here = env.environment().as_dict()
     if not (allowed and env.same_machine(here, after.environment) and env.same_build(here, after.environment)):
@@ -58,7 +62,18 @@ def _rerun(after: Run, confirm: Run | None, allowed: bool, tell: Callable[[str, 
     return measured
 
 
+def _confirms_itself(args: argparse.Namespace) -> bool:
+    """Whether the file that shall confirm is one of the two, or a copy of one: then it says nothing new."""
+    if args.confirm is None or not args.confirm.is_file():
+        return False
+    others = [path for path in (args.before, args.after) if path.is_file()]
+    return any(filecmp.cmp(args.confirm, path, shallow=False) for path in others)
+
+
 def _compare(console: Console, args: argparse.Namespace) -> int:
+    if _confirms_itself(args):
+        fail(f"[bench] --confirm wants another run of B's build, {args.confirm} is the same as A or B")
+        return USAGE
     if pytest_json.recognised(args.before) or pytest_json.recognised(args.after):
         return _compare_pytest(console, args)
     loaded = _load_pair(args)

@@ -17,7 +17,7 @@ from fastloop.bench.commands.shared import OK, USAGE, fail
 from fastloop.extras import MissingExtra
 from fastloop.tune import batch, everything, flags, loader, lr, memory
 from fastloop.tune.memory import parts_table
-from fastloop.tune.report import Report, Trial, check_file, described, trial_cells
+from fastloop.tune.report import Report, Trial, check_file, described, trial_cells, unmeasured
 from fastloop.tune.target import READY, Target, TargetError, from_config
 
 BROKEN, INTERRUPTED = 6, 130
@@ -141,6 +141,14 @@ def _file_to_apply_to(args: argparse.Namespace, target: Target) -> Path | None:
         raise ValueError("[tune] --apply without a file writes into that of --config, which is not given; name a file")
     file: Path = args.config if args.apply is True else args.apply
     check_file(file, target.function)
+    if args.config is None and file.exists():
+        text = file.read_text(encoding="utf-8")
+        others = unmeasured(text, str(file), target.arguments, target.options, target.loader)
+        if others:
+            raise ValueError(
+                f"[tune] {file} has {', '.join(others)}, with which nothing would be measured; tune with --config "
+                f"{file}, or name another file"
+            )
     return file
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from fastloop.bench import measure, stats
 from fastloop.bench.regression.builds import Build
@@ -41,7 +42,7 @@ class CaseFile:
     module: str
 
 
-CONTROL = CaseFile(Path(__file__).resolve().parent / "control.py", "_control")  # where a project has none of its own
+CONTROL = CaseFile(Path(__file__).resolve().parent / "control.py", "_control")  # beside a project's own
 
 
 @dataclass
@@ -75,10 +76,11 @@ class Taken:
         """Whether more rounds could not change the verdict."""
         if self.error:
             return True
-        found = self.interval()
-        if self.control:
-            return all(limit not in found for limit in (1 - stats.CONTROL_MOVED, 1 + stats.CONTROL_MOVED))
-        return stats.decided(found)
+        if not self.rounds:  # another case ended the processes before it was this one's turn
+            return False
+        if self.control:  # it runs along; only one that seems to have moved asks for rounds of its own
+            return not stats.control_moved(self.interval())
+        return stats.decided(self.interval())
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,7 @@ def _both(sides: Sides, first: int) -> Iterator[tuple[Process, Process, dict[str
         pair = (started[0], started[1])
         cases: dict[str, Taken] = {}
         for each in (sides.cases, CONTROL):
-            if each == CONTROL and any(taken.control for taken in cases.values()):
-                continue
-            for process in pair:  # both import at the same time
-                process.send("load", file=str(each.file), module=each.module, outside=str(sides.checkout))
-            answers = [process.receive() for process in pair]
+            answers = _loaded(pair, each, sides)
             for name, answer in zip(("base", "head"), answers, strict=True):
                 if "error" in answer and not (name == "base" and "error" not in answers[1]):
                     raise NoCases(f"[bench ab] {each.module} cannot be loaded in {name}: {answer['error']}")
@@ -116,17 +114,30 @@ def _both(sides: Sides, first: int) -> Iterator[tuple[Process, Process, dict[str
         yield pair[0], pair[1], cases
 
 
+def _loaded(pair: tuple[Process, Process], file: CaseFile, sides: Sides) -> list[dict[str, Any]]:
+    """The cases of a file in both processes, which import it at the same time; an answer may be an error."""
+    answers = []
+    for process in pair:
+        with suppress(WorkerError):  # said again when its answer is asked for
+            process.send("load", file=str(file.file), module=file.module, outside=str(sides.checkout))
+    for process in pair:
+        try:
+            answers.append(process.receive())
+        except WorkerError as error:
+            answers.append({"error": str(error)})
+    return answers
+
+
 def _prepared(processes: tuple[Process, Process], name: str, known: Taken) -> bool:
     """Set the case up on both sides, and check it in its first round; what fails is written into `known`."""
     for process in processes:  # both at the same time
         process.send("prepare", case=name, check=not known.rounds)
-    answers = [process.receive() for process in processes]
-    for answer, side in zip(answers, ("base", "head"), strict=True):
-        if "error" in answer:
-            known.error = f"{side}: {answer['error']}"
-            known.wrong = side == "head" and bool(answer.get("wrong"))
-            return False
-    return True
+    base, head = [process.receive() for process in processes]
+    if "error" in head:  # base's does not excuse it: what works nowhere is not worth a merge either
+        known.error, known.wrong = f"head: {head['error']}", True
+    elif "error" in base:
+        known.error = f"base: {base['error']}"
+    return not known.error
 
 
 def _take(processes: tuple[Process, Process], name: str, known: Taken, first: int) -> None:
@@ -165,7 +176,7 @@ class Comparison:
             for name, fresh in cases.items():
                 if fresh.control or self._wanted(name):
                     self.taken.setdefault(name, fresh)
-            if not self.taken:
+            if all(known.control for known in self.taken.values()):
                 raise NoCases(f"[bench ab] no case matches; there are {', '.join(cases)}")
             for name, known in self.taken.items():
                 if known.error or (only is not None and name not in only):
@@ -173,7 +184,7 @@ class Comparison:
                 try:
                     _take((base, head), name, known, first)
                 except WorkerError as error:  # the others go on in the next round's processes
-                    known.error = str(error)
+                    known.error, known.wrong = str(error), base.alive
                     return
                 self._tell(known.title or name, sum(map(len, known.rounds)))
 
@@ -188,6 +199,7 @@ class Comparison:
             only = {name for name, known in self.taken.items() if not known.decided}
             if not only or self.surely_void:
                 return
+            only |= {name for name, known in self.taken.items() if known.control}
 
     def _controls(self) -> list[Interval]:
         return [known.interval() for known in self.taken.values() if known.control and known.rounds]
@@ -208,7 +220,7 @@ def _judged(name: str, known: Taken, void: bool, rerun: Taken | None) -> Change:
     change = Change(name, known.title, known.control, rounds=known.rounds)
     change.base_seconds, change.head_seconds = known.base, known.head
     if known.error or not known.rounds:
-        change.note, change.wrong = known.error or "not measured", known.wrong
+        change.note, change.wrong = known.error or "not measured: the processes ended before its turn", known.wrong
         return change
     change.interval = known.interval()
     if known.control:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def _git(repository: Path, *arguments: str, environment: Mapping[str, str] | Non
     )  # fmt: skip
     if run.returncode:
         raise BuildError(f"[bench] git {' '.join(arguments)}: {run.stderr.strip() or run.returncode}")
-    return run.stdout.strip()
+    return run.stdout.strip("\n")
 
 
 def repository_of(folder: Path) -> Path:
@@ -76,7 +77,11 @@ def revision(repository: Path, name: str | None) -> tuple[str, str]:
         return commit, _git(repository, "rev-parse", f"{commit}^{{tree}}")
     with tempfile.TemporaryDirectory() as folder:  # an index of our own: the user's stays as it is
         environment = {**os.environ, "GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git(repository, "read-tree", "HEAD", environment=environment)
+        users = repository / _git(repository, "rev-parse", "--git-path", "index")
+        if users.exists():  # it knows which files are as they were: these are not read again
+            shutil.copy2(users, environment["GIT_INDEX_FILE"])
+        else:
+            _git(repository, "read-tree", "HEAD", environment=environment)
         _git(repository, "add", "--all", environment=environment)
         tree = _git(repository, "write-tree", environment=environment)
     commit = _git(repository, "rev-parse", "--short=12", "HEAD")
@@ -84,9 +89,24 @@ def revision(repository: Path, name: str | None) -> tuple[str, str]:
     return (commit if clean else f"{commit}-dirty"), tree
 
 
+def checkout(repository: Path) -> str:
+    """The commit of the checkout, with "-dirty" where it differs from it; unlike `revision` this writes nothing."""
+    commit = _git(repository, "rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if _git(repository, "status", "--porcelain") else commit
+
+
 def changed_files(repository: Path, base: str, head: str) -> list[str]:
-    """Paths that differ between two trees."""
-    return _git(repository, "diff", "--name-only", base, head).splitlines()
+    """Paths that differ between two trees; of a file that was moved both."""
+    paths = _git(repository, "diff", "--name-only", "--no-renames", "-z", base, head)
+    return [path for path in paths.split("\0") if path]
+
+
+def hide(cache: Path) -> None:
+    """Make the folder of builds, unseen by git where it is under `.fastloop`."""
+    cache.mkdir(parents=True, exist_ok=True)
+    ignore = cache.parent / ".gitignore"
+    if cache.parent.name == ".fastloop" and not ignore.exists():
+        ignore.write_text("*\n", encoding="utf-8")
 
 
 def _environment() -> dict[str, str]:
@@ -117,7 +137,11 @@ def _export(repository: Path, tree: str, folder: Path) -> None:
 
 
 def _is_package(source: Path) -> bool:
-    return (source / "setup.py").exists() or (source / "pyproject.toml").exists()
+    """Whether pip can install it: many a pyproject.toml only configures tools."""
+    project = source / "pyproject.toml"
+    text = project.read_text(encoding="utf-8", errors="replace") if project.exists() else ""
+    table = re.search(r"^\s*\[\s*(project|build-system)\s*\]", text, re.MULTILINE)
+    return table is not None or (source / "setup.py").exists()
 
 
 def _install(source: Path, site: Path) -> None:
@@ -151,6 +175,7 @@ def build(repository: Path, name: str | None, cache: Path, install: bool = True)
     Raises:
         BuildError: no such revision, or its build failed.
     """
+    hide(cache)
     commit, tree = revision(repository, name)
     folder = (cache / _key(tree, install)).resolve()
     source, site = folder / "source", folder / "site"

@@ -103,7 +103,9 @@ def by_object(text: str) -> dict[str, int]:
 
 def where() -> str:
     """All that instruction counts depend on: interpreter, torch, compilers, C library, instruction set, valgrind."""
-    version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    valgrind, version = shutil.which("valgrind"), ""
+    if valgrind is not None:
+        version = subprocess.run([valgrind, "--version"], capture_output=True, text=True, check=False).stdout.strip()
     return ", ".join(
         (
             f"python {platform.python_version()} {' '.join(platform.python_build())} {platform.python_compiler()}",
@@ -135,12 +137,17 @@ def native_compiler() -> str:
 
 
 def counted(found: Found, base: Found | None = None) -> list[Count]:
-    """As `evidence.counted`, but a case that valgrind cannot count is said to be so and does not fail."""
+    """As `evidence.counted`, but a case that valgrind cannot count is said to be so and does not fail.
+
+    One that has become too heavy to be counted, and was not in the base, is at least what one call took.
+    """
     rows = []
     for case, line in found.lines.items():
-        if "error" in line:
-            rows.append(Count(case, WHAT, None, note=line["error"]))
-            continue
         before = base.lines.get(case, {}).get("counts", {}) if base else {}
+        if "error" in line:
+            value = line.get("at_least") if WHAT in before else None
+            note = line["error"] if value is None else f"at least: {line['error']}"
+            rows.append(Count(case, WHAT, value, base=before.get(WHAT), note=note))
+            continue
         rows += [Count(case, what, value, base=before.get(what)) for what, value in line["counts"].items()]
     return rows

@@ -26,6 +26,8 @@ from fastloop.bench.runner import Progress
 EVIDENCE = Path("benchmarks") / "evidence.json"
 FLOORS = Path("benchmarks") / "floors.json"
 EMULATED = Path("build") / "emulated" / "_cuda.so"
+SECONDS = 120.0  # for timing both revisions
+EMULATED_CASE, EMULATED_COUNTS = "step, CUDA backend, 100 tensors", ("kernel launches", "copies to the device")
 OWN_INSTRUCTIONS = ("step-mlp", "step-300-tensors")  # of fastloop's cases; a project's own are all counted
 # What never changes how a program runs: ab is left out where nothing else differs.
 SILENT_SUFFIXES = (".md", ".rst", ".png", ".svg", ".html", ".css")
@@ -35,13 +37,25 @@ SILENT_FILES = ("LICENSE", ".gitignore", "Makefile")
 
 @dataclass(frozen=True)
 class Request:
-    """What `ci` is asked for. Files that are None: under benchmarks/ of the project."""
+    """What `ci` is asked for.
+
+    Args:
+        base: revision to compare with, or None.
+        cases: module or file; None: fastloop's own.
+        floors, evidence: files; None: under benchmarks/ of the project.
+        update: write what was counted into the file of evidence.
+        install: False: the sources of both revisions are imported as they are.
+        seconds: for timing both revisions.
+        cache: folder of builds.
+    """
 
     base: str | None = None
     cases: str | None = None
     floors: Path | None = None
     evidence: Path | None = None
     update: bool = False
+    install: bool = True
+    seconds: float = SECONDS
     cache: Path = Path(".fastloop") / "builds"
 
 
@@ -82,19 +96,20 @@ class Guard:
         )
         sides = self._sides(project)
         self._count(project, sides)
-        where = {"": evidence.versions(), callgrind.WHAT: callgrind.where()}
+        where = {**evidence.places(), callgrind.WHAT: callgrind.where()}
+        if project.own:  # what a step asks of a device is the same in every environment
+            where |= {f"{EMULATED_CASE}: {what}": evidence.EVERYWHERE for what in EMULATED_COUNTS}
         if self.request.update:
             rows = evidence.updated(rows, self.report.counts, where)
             evidence.save(rows, self._evidence(project))
             self.report.notes.append(f"written: {self._evidence(project)}; commit it")
-        evidence.judge(self.report.counts, rows, where)
+        evidence.judge(self.report.counts, rows, where, self._base_rows(project, sides))
         if module is None:
             self.report.ratios += floors.own(limits, self.tell)
         else:
             self.report.ratios += floors.users(usercases.collect(module), limits, self.tell)
         if sides is not None:
-            self.report.changes = revisions.measure(Asked(str(self.request.base), cases=self.request.cases), sides,
-                                                    self.tell)  # fmt: skip
+            self.report.changes = revisions.measure(self._asked(), sides, self.tell)
         self.report.seconds = perf_counter() - start
         return self.report
 
@@ -120,6 +135,7 @@ class Guard:
             self.report.notes.append("no base: times were not compared; pass --base REF")
             return None
         repository = builds.repository_of(project.top)
+        builds.hide(self.request.cache)
         self.report.base, base_tree = builds.revision(repository, self.request.base)
         self.report.head, head_tree = builds.revision(repository, None)
         changed = builds.changed_files(repository, base_tree, head_tree)
@@ -127,7 +143,21 @@ class Guard:
             what = f"{len(changed)} files differ" if changed else "base and head are the same sources"
             self.report.notes.append(f"times were not compared: nothing that runs differs from the base ({what})")
             return None
-        return revisions.prepare(Asked(self.request.base, cases=self.request.cases), self.request.cache, self.tell)
+        return revisions.prepare(self._asked(), self.request.cache, self.tell)
+
+    def _asked(self) -> Asked:
+        wanted = self.request
+        return Asked(str(wanted.base), cases=wanted.cases, install=wanted.install, seconds=wanted.seconds)
+
+    def _base_rows(self, project: Project, sides: Sides | None) -> list[evidence.Allowed] | None:
+        """The values that the base has committed; None where they cannot be known."""
+        path = self._evidence(project).resolve()
+        if sides is None or not path.is_relative_to(project.top.resolve()):
+            return None
+        try:
+            return evidence.load(sides.base.source / path.relative_to(project.top.resolve()))
+        except evidence.NoEvidence:
+            return []
 
     # ---- counts
 
@@ -191,7 +221,7 @@ def _both(
 
 def _commit(project: Project) -> str:
     try:
-        return builds.revision(builds.repository_of(project.top), None)[0]
+        return builds.checkout(builds.repository_of(project.top))
     except builds.BuildError:
         return "no commit"
 
@@ -232,7 +262,7 @@ def emulated_launches(module: Path) -> list[Count]:
     import fastloop
     from fastloop.ops import cuda
 
-    case, kinds = "step, CUDA backend, 100 tensors", ("kernel launches", "copies to the device")
+    case, kinds = EMULATED_CASE, EMULATED_COUNTS
     device = "cuda" if torch.cuda.is_available() else "cpu"
     emulate = device == "cpu" and not cuda.is_emulated()
     if emulate:

@@ -10,7 +10,7 @@ import torch
 import fastloop.bench
 
 
-@fastloop.bench.case(name="control", setup=True, control=True)
+@fastloop.bench.case(name="fastloop-control", setup=True, control=True)
 def control() -> Callable[[], object]:
     """torch's fused AdamW, 4 tensors"""
     parameters = [torch.ones(2**16).requires_grad_(True) for _ in range(4)]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ SECONDS = 300.0  # for all cases of one build
 EVERYWHERE = "anywhere"
 TOLERANCE = {"instructions": 0.03}  # relative, by the first word of what is counted; all others are exact
 DEVICE = ("kernel launches", "host-device syncs")
+DEVICE_KINDS = ("kernel", "host-device", "GPU")  # first words of what depends on the GPU too
 
 
 class NoEvidence(Exception):
@@ -147,9 +149,32 @@ class Allowed:
 
 
 def versions() -> str:
-    """What Python calls, operators and allocations depend on."""
+    """What Python calls, operators and allocations depend on: torch chooses kernels by its build and by the CPU."""
     major, minor = sys.version_info[:2]
-    return f"python {major}.{minor}, torch {torch.__version__.split('+')[0]}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"python {major}.{minor}, torch {torch.__version__}, {platform.machine()} {capability}"
+
+
+def device() -> str:
+    """What counts of a GPU depend on beside the versions."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+
+
+def places() -> dict[str, str]:
+    """Where counts of this environment hold, as `judge` and `updated` take it; instructions come on top."""
+    here = versions()
+    return {"": here, **dict.fromkeys(DEVICE_KINDS, f"{here}, {device()}")}
+
+
+def place_of(each: Count, where: Mapping[str, str]) -> str:
+    """Where a count holds: by "case: what", else by the first word of what is counted, else that of ""."""
+    return where.get(f"{each.case}: {each.what}", where.get(_kind(each), where[""]))
+
+
+def _kind(each: Count) -> str:
+    return each.what.split()[0].strip(",")
 
 
 def load(path: Path) -> list[Allowed]:
@@ -169,22 +194,25 @@ def load(path: Path) -> list[Allowed]:
         ) from error
 
 
-def updated(rows: Iterable[Allowed], counts: Iterable[Count], where: dict[str, str]) -> list[Allowed]:
+def updated(rows: Iterable[Allowed], counts: Iterable[Count], where: Mapping[str, str]) -> list[Allowed]:
     """`rows` with what was counted; values of other environments, and what cannot be counted here, stay.
 
-    where: of each kind, by the first word of what is counted, and "" for all others.
+    where: see `place_of`.
     """
     known = {row.key: row for row in rows}
     for each in counts:
         if each.value is None or each.allowed == 0:  # nothing was counted, or the rule is not a file's
             continue
-        place = EVERYWHERE if each.value == 0 else where.get(each.what.split()[0].strip(","), where[""])
-        if known.get((each.case, each.what, EVERYWHERE), Allowed("", "", 0)).allowed:
-            place = EVERYWHERE  # a value above 0 holds everywhere only where someone has written so
-        others = [key for key in known if key[:2] == (each.case, each.what) and EVERYWHERE in (place, key[2])]
-        for key in others:
-            del known[key]
-        row = Allowed(each.case, each.what, each.value, place)
+        row = Allowed(each.case, each.what, each.value, place_of(each, where))
+        if row.where == EVERYWHERE:  # by its nature: no environment has a value of its own
+            for key in [key for key in known if key[:2] == row.key[:2]]:
+                del known[key]
+        own, everywhere = known.pop(row.key, None), known.get((each.case, each.what, EVERYWHERE))
+        # A value above 0 holds everywhere only where someone has written so; 0 does until a count contradicts it.
+        if each.value == 0 or (everywhere is not None and everywhere.allowed > 0):
+            row = replace(row, where=EVERYWHERE)
+        elif everywhere is not None and own is None:
+            del known[everywhere.key]
         known[row.key] = row
     return sorted(known.values(), key=lambda row: row.key)
 
@@ -213,28 +241,67 @@ def counted(found: Found, base: Found | None = None) -> list[Count]:
     return rows
 
 
-def judge(counts: Iterable[Count], rows: Sequence[Allowed], where: dict[str, str]) -> None:
+def judge(
+    counts: Iterable[Count], rows: Sequence[Allowed], where: Mapping[str, str], before: Sequence[Allowed] | None = None
+) -> None:
     """Compare each count: with the committed value that holds here, else with the base's, else with nothing.
+
+    Counts with a tolerance are compared with the base's where there is one; of them a part may grow while the whole
+    shrinks.
+
+    Args:
+        where: see `place_of`.
+        before: the base's committed values, None where they are not known: a line of this environment that allows more
+            than they do was meant, and is the limit then.
 
     Raises:
         NoEvidence: a case that no line of the file is about, and no base either.
     """
     counts = [each for each in counts if each.value is not None and not each.failed]
-    known = {row.key: row.allowed for row in rows}
     named = {row.case for row in rows}
     strangers = sorted({each.case for each in counts if each.base is None and each.allowed is None} - named)
     if strangers:
         raise NoEvidence(f"[bench] no allowed counts for {', '.join(strangers)}; `ci --update` writes them")
-    for each in counts:
-        kind = each.what.split()[0].strip(",")
-        place = where.get(kind, where[""])
-        allowed = known.get((each.case, each.what, place), known.get((each.case, each.what, EVERYWHERE)))
-        if each.base is not None and (allowed is None or kind in TOLERANCE):
-            allowed, each.note = each.base, each.note or "the base's count"
-        if allowed is not None and each.allowed is None:
-            each.allowed = math.floor(allowed * (1 + TOLERANCE[kind])) if kind in TOLERANCE else allowed
+    limits = _Limits(rows, where, before)
+    shrunk = set()
+    for each in sorted(counts, key=lambda count: len(count.what)):  # "instructions" goes before its parts
+        assert each.value is not None
+        kind, limit = _kind(each), limits.of(each)
+        if each.allowed is None and limit is not None:
+            each.allowed = math.floor(limit * (1 + TOLERANCE[kind])) if kind in TOLERANCE else limit
         if each.allowed is None:
             each.note = each.note or "reported only: no value is committed for these versions"
             continue
-        assert each.value is not None
         each.failed = each.value > each.allowed
+        if each.what in TOLERANCE and limit is not None and each.value < limit:
+            shrunk.add((each.case, each.what))
+        if each.failed and (each.case, kind) in shrunk:
+            each.failed, each.note = False, f"grew, but all {kind} together are fewer"
+            each.allowed = None
+
+
+class _Limits:
+    """The values that counts are compared with, before their tolerance."""
+
+    def __init__(self, rows: Sequence[Allowed], where: Mapping[str, str], before: Sequence[Allowed] | None) -> None:
+        self._known = {row.key: row.allowed for row in rows}
+        self._before = None if before is None else {row.key: row.allowed for row in before}
+        self._where = where
+
+    def of(self, each: Count) -> float | None:
+        """None: there is none. Notes in the count where the limit is not a committed value."""
+        key = each.case, each.what, place_of(each, self._where)
+        committed = self._known.get(key, self._known.get((each.case, each.what, EVERYWHERE)))
+        if each.base is None or (committed is not None and _kind(each) not in TOLERANCE):
+            return committed
+        if committed is not None and committed > each.base and self._raised(key):
+            each.note = each.note or "committed with this change"
+            return committed
+        each.note = each.note or "the base's count"
+        return each.base
+
+    def _raised(self, key: tuple[str, str, str]) -> bool:
+        """Whether the line of this environment allows more than the base's, or is new."""
+        if self._before is None or key not in self._known:
+            return False
+        return self._known[key] > self._before.get(key, -math.inf)

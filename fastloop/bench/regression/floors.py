@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -24,9 +25,11 @@ SCHEMA = "fastloop-floors/2"
 TRIES = 2  # a void run is tried once more
 SECONDS = 60.0  # no check of a large case starts later, however busy the machine
 ROW_SECONDS = 10.0
+RERUN_SECONDS = 30.0  # a verdict needs all of its pairs
 ITSELF = "itself"
 
-Take = Callable[[Sequence[int]], Ratio]  # counts of pairs -> what was measured, not judged yet
+# (counts of pairs, the floor that decides when to stop, seconds) -> what was measured, not judged yet
+Take = Callable[[Sequence[int], float | None, float], Ratio]
 
 
 class NoFloors(Exception):
@@ -51,32 +54,46 @@ def load(path: Path) -> dict[str, float]:
 # ---- judging
 
 
-def below(floor: float, ratios: Sequence[float]) -> Interval:
-    """The floor over the ratio: more than 1 is slower than allowed, so that `stats.verdict` applies."""
-    return stats.slowdown([floor] * len(ratios), ratios)
+def below(floor: float, interval: Interval) -> bool:
+    """Whether a ratio is surely below its floor."""
+    return interval.high < floor
 
 
 def judged(take: Take, floor: float | None) -> Ratio:
-    """Measure a ratio and, where there is a floor, judge it; what looks too slow is measured again."""
-    found = take(stats.PAIRS)
-    if floor is None or not found.ratios:
+    """Measure a ratio and, where there is a floor, judge it; what is surely below it is measured again.
+
+    PASS: surely above. REGRESSED: surely below, and the rerun agrees. Otherwise INCONCLUSIVE.
+    """
+    found = take(stats.PAIRS, floor, ROW_SECONDS)
+    if floor is None or found.interval is None:
         return found
     found.floor = floor
-    change, rerun = below(floor, found.ratios), None
-    if stats.looks_slower(change):
-        rerun = below(floor, take((stats.RERUN_PAIRS,)).ratios)
-    found.verdict = stats.verdict(change, rerun)
+    found.verdict = Verdict.PASS if found.interval.low > floor else Verdict.INCONCLUSIVE
+    if below(floor, found.interval):
+        again = take((stats.RERUN_PAIRS,), floor, RERUN_SECONDS)
+        if again.wrong:
+            return again
+        if again.interval is None or len(again.ratios) < stats.RERUN_PAIRS:
+            why = "below the floor, and was not measured again with as many pairs as that takes"
+            _add_note(found, f"{why}: {again.note}" if again.note else why)
+        elif below(floor, again.interval):
+            found.verdict = Verdict.REGRESSED
     return found
+
+
+def _add_note(row: Ratio, note: str) -> None:
+    row.note = f"{row.note}; {note}" if row.note else note
 
 
 # ---- cases of fastloop: ours against torch's best
 
 
 def _own(case: Case, tell: Progress) -> Take:
-    headline = Case(**{**vars(case), "extra_peers": ()})
-
-    def take(pairs: Sequence[int]) -> Ratio:
-        effort = runner.Effort(tuple(pairs), ROW_SECONDS)
+    def take(pairs: Sequence[int], floor: float | None, seconds: float) -> Ratio:
+        # Pairs are taken until the interval leaves out the row's goal, which is the floor here.
+        goals = {} if floor is None else dict.fromkeys(case.peers, floor)
+        headline = Case(**{**vars(case), "extra_peers": (), "goals": goals})
+        effort = runner.Effort(tuple(pairs), seconds)
         row = runner.run_case(headline, runner.Plan(effort, effort, every_peer=False, ceilings=False), tell)[0]
         return Ratio(case.name, row.peer, None, row.ratio, None, row.ratios, row.reason, row.status == "wrong")
 
@@ -84,11 +101,12 @@ def _own(case: Case, tell: Progress) -> Take:
 
 
 def control(tell: Progress, case: Case | None = None) -> Ratio:
-    """The same code on both sides: VOID if it differs by more than 2 %."""
+    """The same code on both sides: VOID if it differs by more than 2 %; no verdict where it could not run."""
     case = case or cases.CONTROL
-    found = _own(case, tell)(stats.PAIRS)
-    assert found.interval is not None
+    found = _own(case, tell)(stats.PAIRS, None, ROW_SECONDS)
     found.peer, found.case = ITSELF, f"control ({case.ours})"
+    if found.interval is None:
+        return found
     found.verdict = Verdict.VOID if stats.control_moved(found.interval) else Verdict.PASS
     return found
 
@@ -113,11 +131,25 @@ def _with_control(takes: Mapping[str, tuple[Take, float | None]], tell: Progress
     found: list[Ratio] = []
     for _ in range(TRIES):
         found = [judged(take, floor) for take, floor in takes.values()]
-        if any(each.ratios for each in found):
-            found.append(control(tell))
-        if not any(each.verdict is Verdict.VOID for each in found):
+        if not any(each.ratios for each in found):
+            break
+        calm = control(tell)
+        _heed(calm, found)
+        found.append(calm)
+        if calm.verdict is not Verdict.VOID:
             break
     return found
+
+
+def _heed(calm: Ratio, found: Sequence[Ratio]) -> None:
+    """Of a run whose control moved nothing is judged; without a control nothing is called slower."""
+    for each in found:
+        if each.verdict is not None and calm.verdict is Verdict.VOID:
+            each.verdict = Verdict.VOID
+            _add_note(each, "the control moved by more than 2 %")
+        elif each.verdict is Verdict.REGRESSED and calm.verdict is None:
+            each.verdict = Verdict.INCONCLUSIVE
+            _add_note(each, "below the floor, and no control says that the machine was quiet")
 
 
 def own(floors: Mapping[str, float], tell: Progress, selection: Sequence[Case] | None = None) -> list[Ratio]:
@@ -141,7 +173,7 @@ def own(floors: Mapping[str, float], tell: Progress, selection: Sequence[Case] |
 
 
 def _users(case: UserCase, peer: UserCase, tell: Progress) -> Take:
-    def take(pairs: Sequence[int]) -> Ratio:
+    def take(pairs: Sequence[int], floor: float | None, seconds: float) -> Ratio:
         found = Ratio(case.name, peer.name, None)
         try:
             ours, theirs = usercases.prepared(case), usercases.prepared(peer)
@@ -149,12 +181,15 @@ def _users(case: UserCase, peer: UserCase, tell: Progress) -> Take:
             found.note, found.wrong = str(error), isinstance(error, usercases.WrongCase)
             return found
         measured = measure.measure_pairs(
-            theirs, ours, pairs=pairs, deadline=perf_counter() + ROW_SECONDS,
-            decided=runner.decided(case.goal), on_pair=lambda count: tell(case.title or case.name, count),
+            theirs, ours, pairs=pairs, deadline=perf_counter() + seconds,
+            decided=lambda ratio: runner.decided(case.goal)(ratio) and (floor is None or floor not in ratio),
+            on_pair=lambda count: tell(case.title or case.name, count),
         )  # fmt: skip
         found.ratios, found.interval = list(measured.ratios), stats.median_interval(measured.ratios)
         if case.goal is not None:
             found.note = f"goal {case.goal:g}: {'reached' if found.interval.median >= case.goal else 'not reached'}"
+        if case.bytes is not None:
+            _add_note(found, f"{case.bytes / statistics.median(measured.b) * 1e-9:.3g} GB/s")
         return found
 
     return take

@@ -38,7 +38,8 @@ class Process:
     def __init__(self, path: Sequence[str], seconds: float = SECONDS) -> None:
         self._seconds = seconds
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONHASHSEED": "0"}
+        found = os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": found, "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(worker.__file__).resolve()), str(Path(usercases.__file__).resolve())],
             stdin=subprocess.PIPE,
@@ -95,6 +96,11 @@ class Process:
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
 
     def _ended(self) -> str:
         code = self._process.wait()

@@ -202,7 +202,7 @@ def _holds(report: Report) -> list[str]:
     held = sum(count.value is not None and count.allowed is not None and not count.failed for count in report.counts)
     found += [f"{plural(held, 'count')} within bounds"] if held else []
     judged = [row for row in report.ratios if row.verdict not in (None, Verdict.VOID) and not row.wrong]
-    kept = sum(row.verdict in (Verdict.PASS, Verdict.IMPROVED) for row in judged)
+    kept = sum(row.verdict is Verdict.PASS for row in judged)
     if judged:
         found.append(f"{kept} of {plural(len(judged), 'ratio')} surely above the floor")
     return found

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sysconfig
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
@@ -109,6 +110,8 @@ def _is_below(name: str, folder: str, but: set[Path]) -> bool:
         return False
     path = Path(where).resolve()
     if path in but or not path.is_relative_to(folder):
+        return False
+    if path.is_relative_to(sysconfig.get_path("stdlib")):  # an environment inside of the checkout
         return False
     return not {"site-packages", "dist-packages", ".fastloop"}.intersection(path.parts)
 
