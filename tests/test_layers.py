@@ -21,7 +21,7 @@ PYTHON_FLOORS = {
     "extras": 0,
     "triton_kernels": 0,
     "ops": 1,
-    "machine": 1,
+    "machine": 2,
     "optim": 2,
     "clip": 2,
     "amp": 2,
