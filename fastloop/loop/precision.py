@@ -36,7 +36,7 @@ def resolve(precision: str, device: torch.device) -> str:
 
 def set_process(cudnn_benchmark: bool | None, matmul_precision: str | None, threads: int | None) -> None:
     """Settings of torch for the whole process; None leaves one as it is."""
-    if cudnn_benchmark is not None:
+    if cudnn_benchmark is not None and torch.backends.cudnn.benchmark != cudnn_benchmark:  # torch can freeze the flag
         torch.backends.cudnn.benchmark = cudnn_benchmark
     if matmul_precision is not None:
         torch.set_float32_matmul_precision(matmul_precision)

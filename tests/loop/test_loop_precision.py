@@ -251,7 +251,10 @@ def configured(**options: Any) -> Loop:
     return Loop(model, fastloop.SGD(model.parameters(), lr=0.1), cross_entropy, **options)
 
 
-def test_settings_of_the_process() -> None:
+def test_settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch's own test helpers, which other test modules import, freeze the flags of torch.backends.
+    module = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(module, "__allow_nonbracketed_mutation_flag", True)
     before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_num_threads()
     try:
         configured()
