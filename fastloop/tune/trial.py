@@ -211,13 +211,14 @@ def _end(process: Process, mark: str | None) -> None:
     process.wait()
     if mark is None:
         return
-    for _ in range(10):  # one that is being ended may have started another
+    for _ in range(500):  # one that is being ended takes its time, and may have started another
         left = list(marked(mark))
         if not left:
             return
         for pid in left:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        sleep(0.01)
 
 
 def _outcome(

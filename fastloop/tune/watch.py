@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import IO, Any, Protocol
 
 TIMEOUT, OUT_OF_MEMORY = "timeout", "out of memory"
@@ -84,9 +85,13 @@ class Watch:
         file = self.output.fileno()
         size = os.fstat(file).st_size
         if size > _MOST_OUTPUT:
-            end = os.pread(file, KEPT_OUTPUT, size - KEPT_OUTPUT)
-            os.ftruncate(file, 0)
-            os.write(file, end)  # at the end, as all that write into it do
+            with _stopped(
+                self.process.pid
+            ):  # a line written meanwhile would be lost, or stand before the ones it follows
+                size = os.fstat(file).st_size
+                end = os.pread(file, KEPT_OUTPUT, size - KEPT_OUTPUT)
+                os.ftruncate(file, 0)
+                os.write(file, end)  # at the end, as all that write into it do
 
     def _take_notes(self) -> None:
         if self.on_note is None:
@@ -114,6 +119,30 @@ class Watch:
             self._exact_at = now
             most = sum(map(proportional_bytes, processes))
         self.peak = max(self.peak or 0, most)
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """The process and those of its group stand still for as long as the context lasts."""
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGSTOP)
+    try:
+        for _ in range(100):
+            if _state(pid) in "TtZX":
+                break
+            sleep(0.001)
+        yield
+    finally:
+        with suppress(OSError):
+            os.killpg(pid, signal.SIGCONT)
+
+
+def _state(pid: int) -> str:
+    """The letter of /proc; X for a process that is gone."""
+    try:
+        return (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() or ["X"])[0]
+    except OSError:
+        return "X"
 
 
 def descendants(pid: int) -> list[int]:
@@ -148,7 +177,5 @@ def marked(mark: str) -> Iterator[int]:
     wanted = f"{MARK}={mark}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if wanted in (path / "environ").read_bytes().split(b"\0"):
-                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z":
-                    yield int(path.name)
+            if wanted in (path / "environ").read_bytes().split(b"\0") and _state(int(path.name)) not in "ZX":
+                yield int(path.name)

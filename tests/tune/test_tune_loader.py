@@ -218,6 +218,9 @@ class Graphs:
     def begin(self) -> None:
         self.windows = 0
 
+    def end(self) -> None:
+        pass
+
     def run(self, window: Any) -> None:
         self.windows += 1
         for batch in window:
