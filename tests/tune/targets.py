@@ -132,6 +132,7 @@ def prints(megabytes: int = 200) -> dict:
     line = "x" * 2**20
     for _ in range(megabytes):
         print(line)
+    sys.stdout.flush()  # what its buffer keeps would come after
     print("the last line", file=sys.stderr, flush=True)
     return {"printed": megabytes}
 
