@@ -30,6 +30,7 @@ SCHEMA = "fastloop-evidence/1"
 SECONDS = 300.0  # for all cases of one build
 EVERYWHERE = "anywhere"
 TOLERANCE = {"instructions": 0.03}  # relative, by the first word of what is counted; all others are exact
+ELSEWHERE = 0.20  # of instructions that the interpreter takes part in, against a committed value
 DEVICE = ("kernel launches", "host-device syncs")
 DEVICE_KINDS = ("kernel", "host-device", "GPU")  # first words of what depends on the GPU too
 
@@ -268,7 +269,7 @@ def judge(
         assert each.value is not None
         kind, limit = _kind(each), limits.of(each)
         if each.allowed is None and limit is not None:
-            each.allowed = math.floor(limit * (1 + TOLERANCE[kind])) if kind in TOLERANCE else limit
+            each.allowed = math.floor(limit * (1 + _tolerance(each))) if kind in TOLERANCE else limit
         if each.allowed is None:
             each.note = each.note or "reported only: no value is committed for these versions"
             continue
@@ -278,6 +279,16 @@ def judge(
         if each.failed and (each.case, kind) in shrunk:
             each.failed, each.note = False, f"grew, but all {kind} together are fewer"
             each.allowed = None
+
+
+def _tolerance(each: Count) -> float:
+    """By how much a count may exceed its limit, as a part of it.
+
+    Between two environments of the same versions the native step's instructions are the same, but the interpreter's are
+    not: where it is installed was worth 1,700 a call, 9 % of the smallest case's.
+    """
+    alone = each.base is None and not each.what.endswith("native")
+    return ELSEWHERE if alone else TOLERANCE[_kind(each)]
 
 
 class _Limits:
