@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastloop.bench import env
+from fastloop.monitor.record import SLOWING
 
 Move = Callable[[], object]  # one call moves a known number of bytes
 
@@ -68,10 +69,6 @@ _FIELDS = (
     "pstate", "driver_version",
 )  # fmt: skip
 _REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second before driver 535
-THROTTLING = {
-    0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal, by software", 0x40: "thermal, by hardware",
-    0x80: "power brake",
-}  # fmt: skip
 
 
 def _query(fields: Sequence[str], index: int) -> list[str]:
@@ -91,7 +88,7 @@ def clocks(index: int = 0) -> dict[str, Any]:
             mask = int(_query([name], index)[0], 16)
         except (OSError, subprocess.SubprocessError, ValueError):
             continue
-        state["throttling"] = [reason for bit, reason in THROTTLING.items() if mask & bit]
+        state["throttling"] = [reason for bit, reason in SLOWING.items() if mask & bit]
         state["reasons"] = hex(mask)
         break
     return state

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastloop.loop.extras import need
+from fastloop.extras import need
 from fastloop.loop.logs import read_rows
 from fastloop.loop.watch import median
 

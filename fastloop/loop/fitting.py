@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fastloop.extras import MissingExtra
 from fastloop.loop import evaluate as evaluation
 from fastloop.loop import options, random_state
 from fastloop.loop.core import Window
 from fastloop.loop.curves import plot_curves
-from fastloop.loop.extras import MissingExtra
 from fastloop.loop.forward import forward_backward
 from fastloop.loop.loader import set_epoch
 from fastloop.loop.metrics import History

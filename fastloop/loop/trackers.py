@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastloop.loop.extras import need
+from fastloop.extras import need
 from fastloop.loop.logs import Row
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastloop.loop.extras import need
+from fastloop.extras import need
 
 if TYPE_CHECKING:
     from fastloop.tune.lr_range import LRRange

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from fastloop.extras import MissingExtra
 from fastloop.loop import curves
 from fastloop.loop.curves import plot_curves
-from fastloop.loop.extras import MissingExtra
 from fastloop.loop.logs import JsonLines
 
 ROWS: list[dict[str, Any]] = [

@@ -23,8 +23,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastloop.extras import MissingExtra
 from fastloop.loop import logs, trackers
-from fastloop.loop.extras import MissingExtra
 from fastloop.loop.logs import Csv, JsonLines, Loggers, make_loggers, read_rows
 from fastloop.loop.rank_log import LOGGER, RankLog
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from fastloop.bench import report, stats
-from fastloop.bench.commands.shared import EXIT_CODES, OUTPUT, USAGE, VOID, fail, progress, style
-from fastloop.bench.regression import ab, builds, html, markdown, record, revisions
-from fastloop.bench.stats import Verdict
+from fastloop.bench import stats
+from fastloop.bench.commands.findings import changes_table, write
+from fastloop.bench.commands.shared import EXIT_CODES, OUTPUT, USAGE, VOID, fail, progress
+from fastloop.bench.regression import ab, builds, revisions
 
 
 def add(commands: Any) -> None:
@@ -70,30 +69,8 @@ def _ab(console: Console, args: argparse.Namespace) -> int:
         return VOID
     console.print(changes_table(found))
     folder = args.output / "ab" if args.output == OUTPUT else args.output
-    record.save(found, folder / "result.json")
-    (folder / "report.md").write_text(markdown.render(found), encoding="utf-8")
-    (folder / "report.html").write_text(html.render(found), encoding="utf-8")
+    write(found, folder)
     console.print(Text(f"{found.seconds:.0f} s; report.md, report.html and result.json are in {folder}"))
     for note in found.notes:
         fail(note)
     return found.exit_code()
-
-
-def changes_table(found: record.Report) -> Table:
-    """A line for each case."""
-    title = f"{found.head} over {found.base}: head's time / base's"
-    table = Table("case", "verdict", "median", "98 % interval", "rerun", "pairs", "note", title=title)
-    for each in found.changes:
-        verdict = "WRONG RESULT" if each.wrong else each.verdict.value if each.verdict else "-"
-        if each.control and each.verdict is Verdict.PASS:
-            verdict = "quiet"
-        table.add_row(
-            Text(each.case),
-            Text(verdict, style="bold red" if each.wrong else style(each.verdict)),
-            f"{each.interval.median:.3f}" if each.interval else "",
-            report.interval(each.interval) if each.interval else "",
-            f"{each.rerun.median:.3f}" if each.rerun else "",
-            str(each.pairs or ""),
-            Text(each.note),
-        )
-    return table

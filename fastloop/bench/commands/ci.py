@@ -12,16 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastloop.bench import report as tables
-from fastloop.bench.commands.ab import changes_table
-from fastloop.bench.commands.shared import EXIT_CODES, NO_BASELINE, OUTPUT, USAGE, VOID, fail, progress, style
-from fastloop.bench.regression import builds, ci, html, markdown, record, words
+from fastloop.bench.commands.findings import NOTE, changes_table, ratios_table, write
+from fastloop.bench.commands.shared import EXIT_CODES, NO_BASELINE, OUTPUT, USAGE, VOID, fail, progress
+from fastloop.bench.regression import builds, ci, record, words
 from fastloop.bench.regression.ab import NoCases
 from fastloop.bench.regression.evidence import CountingError, NoEvidence
 from fastloop.bench.regression.floors import NoFloors
 from fastloop.bench.regression.revisions import WrongUse
-
-NOTE = 160  # characters of a note that a table shows; the files have all of it
 
 
 def add(commands: Any) -> None:
@@ -80,13 +77,6 @@ def _ci(console: Console, args: argparse.Namespace) -> int:
     return found.exit_code(void=0)
 
 
-def write(found: record.Report, folder: Path) -> None:
-    """The three files."""
-    record.save(found, folder / "result.json")
-    (folder / "report.md").write_text(markdown.render(found), encoding="utf-8")
-    (folder / "report.html").write_text(html.render(found), encoding="utf-8")
-
-
 def show(console: Console, found: record.Report) -> None:
     """Tables, notes, and the verdict last."""
     counts = Table("case", "count", "", "value", "allowed", "base", "note", title="counts", title_justify="left")
@@ -105,23 +95,3 @@ def show(console: Console, found: record.Report) -> None:
         console.print(Text(note))
     headline = words.headline(found, str, str)
     console.print(Text(f"{headline.word}: {headline.text}"))
-
-
-def ratios_table(found: record.Report) -> Table:
-    """A line for each ratio."""
-    table = Table(
-        "case", "against", "verdict", "ratio", "98 % interval", "floor", "note",
-        title="the peer's time over ours", title_justify="left",
-    )  # fmt: skip
-    for each in found.ratios:
-        verdict = "WRONG RESULT" if each.wrong else each.verdict.value if each.verdict else "-"
-        table.add_row(
-            Text(each.case),
-            Text(each.peer),
-            Text(verdict, style="bold red" if each.wrong else style(each.verdict)),
-            words.factor(each.interval.median) if each.interval else "",
-            tables.interval(each.interval) if each.interval else "",
-            f"{each.floor:g}" if each.floor else "",
-            Text(words.clean(each.note, NOTE)),
-        )
-    return table
