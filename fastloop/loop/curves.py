@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastloop import drawing
 from fastloop.extras import need
 from fastloop.loop.logs import read_rows
 from fastloop.loop.watch import median
@@ -49,16 +50,13 @@ def plot_curves(run_dir: str | os.PathLike[str]) -> Path:
             f"[curves] {source} must exist to be drawn, there is no such file; pass the run_dir of a run with the "
             "'jsonl' logger"
         )
-    figures = need("matplotlib.figure", "plots", "drawing training curves")
-    backend = need("matplotlib.backends.backend_agg", "plots", "drawing training curves")
+    need("matplotlib.figure", "plots", "drawing training curves")  # before the file is read
     panels = _panels(read_rows(source))
     if not panels:
         raise ValueError(f"[curves] {source} must hold rows with numbers, it has none; train for some windows first")
     columns = 1 if len(panels) == 1 else 2
     rows = math.ceil(len(panels) / columns)
-    # A Figure of its own instead of pyplot: no global state, and the program's own backend stays.
-    figure = figures.Figure(figsize=(6.5 * columns, 2.6 * rows + 0.4), layout="constrained")
-    backend.FigureCanvasAgg(figure)
+    figure = drawing.figure(6.5 * columns, 2.6 * rows + 0.4)
     steps = [step for series in panels.values() for points in series.values() for step, _ in points]
     for place, (name, series) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, columns, place)
@@ -67,7 +65,7 @@ def plot_curves(run_dir: str | os.PathLike[str]) -> Path:
         if place > len(panels) - columns:
             axes.set_xlabel("step")
     figure.suptitle(Path(run_dir).resolve().name)
-    return _save(figure, Path(run_dir) / "training_curves.png")
+    return drawing.save(figure, Path(run_dir) / "training_curves.png")
 
 
 def _panels(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Series]]:
@@ -171,13 +169,3 @@ def _smoothed(values: Sequence[float]) -> list[float]:
             del window[bisect_left(window, values[at - reach - 1])]
         smooth.append(median(window))
     return smooth
-
-
-def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -295,13 +295,13 @@ class Feed:
         device = self.ranks.device
         if self._stream is None:
             if device.type != "cpu" or self.channels_last:
-                return _map(batch, self._placed)
+                return map_tensors(batch, self._placed)
             return batch
         main = torch.cuda.current_stream(device)
         with torch.cuda.stream(self._stream):
-            moved = _map(batch, lambda t: self._copied(t, main))
+            moved = map_tensors(batch, lambda t: self._copied(t, main))
         main.wait_stream(self._stream)
-        return _map(moved, self._placed) if self.channels_last else moved
+        return map_tensors(moved, self._placed) if self.channels_last else moved
 
     def _copied(self, tensor: Tensor, main: Any) -> Tensor:
         """On the stream of copies, for use on `main`; what is on a device already is `main`'s own."""
@@ -410,17 +410,17 @@ def _copy_stream(device: torch.device) -> Any:
 # ---- batches
 
 
-def _map(batch: Any, function: Any) -> Any:
+def map_tensors(batch: Any, function: Any) -> Any:
     """`batch` with `function` applied to each tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        mapped = {key: _map(value, function) for key, value in batch.items()}
+        mapped = {key: map_tensors(value, function) for key, value in batch.items()}
         return mapped if type(batch) is dict else _like(batch, mapped)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map(value, function) for value in batch))
+        return type(batch)(*(map_tensors(value, function) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_map(value, function) for value in batch)
+        return type(batch)(map_tensors(value, function) for value in batch)
     return batch
 
 
@@ -459,4 +459,4 @@ def samples_in(batch: Any) -> int:
 def sliced(batch: Any, start: int, stop: int) -> Any:
     """Samples start..stop of a batch: each tensor whose first dimension is the batch's is cut."""
     size = samples_in(batch)
-    return _map(batch, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t)
+    return map_tensors(batch, lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t)

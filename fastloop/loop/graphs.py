@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastloop.loop.backward import Backward
 from fastloop.loop.core import TAKEN, Window
-from fastloop.loop.data import _map, samples_in
+from fastloop.loop.data import map_tensors, samples_in
 from fastloop.loop.forward import forward_backward
 from fastloop.loop.update import Scalar, _lacks_momentum
 from fastloop.optim.base import FusedOptimizer
@@ -227,7 +227,7 @@ class Graphs:
 
     def _capture(self, shape: Any, batches: list[Any]) -> None:
         loop = self._loop
-        self._batches = [_map(batch, torch.empty_like) for batch in batches]
+        self._batches = [map_tensors(batch, torch.empty_like) for batch in batches]
         self._fill(batches)
         self._fill_rates()
         optimizer = loop.optimizer
@@ -361,7 +361,7 @@ def _constant(value: Any) -> Any:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    """In the order in which `_map` finds them."""
+    """In the order in which `map_tensors` finds them."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (Mapping, list, tuple)):

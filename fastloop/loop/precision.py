@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastloop.amp import GradScaler
-from fastloop.loop.data import _map
+from fastloop.loop.data import map_tensors
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.optim.base import FusedOptimizer
 
@@ -104,7 +104,7 @@ def compile_in_place(model: nn.Module) -> None:
 
 def _inputs_in_bf16(module: nn.Module, args: Any, kwargs: Any) -> Any:
     del module
-    return _map((args, kwargs), lambda t: t.to(torch.bfloat16) if t.dtype == torch.float32 else t)
+    return map_tensors((args, kwargs), lambda t: t.to(torch.bfloat16) if t.dtype == torch.float32 else t)
 
 
 def give_masters(model: nn.Module, optimizer: torch.optim.Optimizer, masters: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fastloop import drawing
 from fastloop.extras import MissingExtra
 from fastloop.loop import curves
 from fastloop.loop.curves import plot_curves
@@ -34,13 +35,13 @@ def write(run_dir: Path, rows: list[dict[str, Any]]) -> None:
 def figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved from now on."""
     kept: list[Any] = []
-    save = curves._save
+    save = drawing.save
 
     def keep(figure: Any, path: Path) -> Path:
         kept.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(curves, "_save", keep)
+    monkeypatch.setattr(drawing, "save", keep)
     return kept
 
 

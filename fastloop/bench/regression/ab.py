@@ -275,9 +275,7 @@ def compare(
         if rerun and not first.void and not known.control and known.rounds and not known.error and _looks_changed(known)
     }
     if doubtful:
-        second, start = Comparison(sides, doubtful.__contains__, tell), perf_counter()
-        for _ in range(math.ceil(stats.RERUN_PAIRS / ROUND_PAIRS)):
-            if perf_counter() < start + seconds:
-                second.round(doubtful)
+        second = Comparison(sides, doubtful.__contains__, tell)
+        second.until_decided((stats.RERUN_PAIRS, 2 * stats.RERUN_PAIRS), perf_counter() + seconds)
         again = second.taken
     return [_judged(name, known, first.void, again.get(name)) for name, known in first.taken.items()]
