@@ -27,7 +27,7 @@ from fastloop import machine
 from fastloop.bench.measure import measure_pairs
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import precision as modes
-from fastloop.loop.data import _map
+from fastloop.loop.data import map_tensors
 from fastloop.loop.loader import with_settings
 from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
@@ -93,7 +93,7 @@ class Side:
     def hold(self) -> None:
         """From here on one batch, on the device."""
         device = self.loop.device
-        self._source.batches = [_map(self._source.batches[0], lambda tensor: tensor.to(device))]
+        self._source.batches = [map_tensors(self._source.batches[0], lambda tensor: tensor.to(device))]
         self._source.next = 0
         self.samples = self._steps.step()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastloop.loop import Loop
-from fastloop.loop.data import _map, samples_in, sliced
+from fastloop.loop.data import map_tensors, samples_in, sliced
 from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.optim.base import FusedOptimizer
@@ -160,7 +160,7 @@ def _pieces(batch: Any, split: int) -> Iterator[Any]:
     for i in range(split):
         part = sliced(batch, size * i // split, size * (i + 1) // split)
         if samples_in(part) > 0:
-            yield _map(part, lambda tensor: tensor.clone())
+            yield map_tensors(part, lambda tensor: tensor.clone())
 
 
 # ---- before the first step
@@ -170,7 +170,7 @@ def _estimate(loop: Loop, piece: Any) -> parts.Parts:
     """From shapes and dtypes, and from forwards of a few samples; buffers are put back."""
     loss_fn = loop.loss_fn
     assert loss_fn is not None
-    there = _map(piece, lambda tensor: tensor.to(loop.device))
+    there = map_tensors(piece, lambda tensor: tensor.to(loop.device))
     buffers = [(buffer, buffer.detach().clone()) for buffer in loop.model.buffers()]
     known = [*loop.model.parameters(), *loop.model.buffers()]
 

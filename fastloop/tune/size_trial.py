@@ -11,7 +11,7 @@ from typing import Any
 from fastloop.bench.measure import measure_pairs
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import Loop
-from fastloop.loop.data import _map, samples_in
+from fastloop.loop.data import map_tensors, samples_in
 from fastloop.loop.random_state import seed_everything
 from fastloop.tune import child
 from fastloop.tune.longest import Looked, fixed_batches, look, samples_of
@@ -103,4 +103,4 @@ def _made(spec: Mapping[str, Any], batch_size: int | None, accumulation_steps: i
 
 
 def _on_device(batch: Any, loop: Loop) -> Any:
-    return _map(batch, lambda tensor: tensor.to(loop.device))
+    return map_tensors(batch, lambda tensor: tensor.to(loop.device))

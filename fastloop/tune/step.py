@@ -23,7 +23,7 @@ from fastloop.bench.measure import MARGIN, SAMPLE_SECONDS
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import Loop
 from fastloop.loop.config import Training, build, read
-from fastloop.loop.data import _map, samples_in
+from fastloop.loop.data import map_tensors, samples_in
 from fastloop.loop.loader import rebuilt, with_settings
 from fastloop.tune.target import OF_A_RUN, SETTINGS, Target
 
@@ -93,7 +93,7 @@ def first_batch(loader: Any, device: torch.device | None = None) -> Any:
     batch = next(iter(loader), _END)
     if batch is _END:
         raise ValueError("[tune] the target's train_loader gave no batch; it must give at least one")
-    return batch if device is None else _map(batch, lambda tensor: tensor.to(device))
+    return batch if device is None else map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 class Stream:
