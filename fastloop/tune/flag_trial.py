@@ -7,12 +7,10 @@ process (threads, precision of matrix products) is switched before each sample.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import islice
 from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any
@@ -21,18 +19,16 @@ import torch
 import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
 from fastloop import machine
 from fastloop.bench.measure import measure_pairs
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import precision as modes
 from fastloop.loop.data import map_tensors
-from fastloop.loop.loader import with_settings
 from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
-from fastloop.tune.loading import WON, bottleneck
-from fastloop.tune.losses import Losses
+from fastloop.tune.loading import WON, bottleneck, first_batches
+from fastloop.tune.losses import Losses, relative_difference
 from fastloop.tune.restore import process_settings
 from fastloop.tune.step import Steps, measure, training
 
@@ -151,25 +147,6 @@ class _Cycle:
         return batch
 
 
-def first_batches(loader: Any, count: int, seconds: float = math.inf) -> list[Any]:
-    """The loader's first ones, loaded in this process; fewer where it has fewer, or takes longer than that.
-
-    Raises:
-        ValueError: it gives none.
-    """
-    if isinstance(loader, DataLoader) and loader.num_workers > 0:
-        loader = with_settings(loader, {"num_workers": 0})
-    batches: list[Any] = []
-    start = perf_counter()
-    for batch in islice(iter(loader), count):
-        batches.append(batch)
-        if perf_counter() - start > seconds:
-            break
-    if not batches:
-        raise ValueError("[tune] the target's train_loader gave no batch; it must give at least one")
-    return batches
-
-
 def graphs_compiled() -> int:
     """By torch.compile, in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -253,13 +230,6 @@ def alone(spec: Spec, options: Options, seconds: float) -> dict[str, Any]:
 def decided(gain: Interval) -> bool:
     """Whether more pairs could not change that it wins, or that it does not."""
     return gain.low > WON or gain.high < WON
-
-
-def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest of |a - b| / |a|; infinite where one of them is not finite."""
-    if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
-        return math.inf
-    return max(abs(a - b) / max(abs(a), 1e-30) if a != b else 0.0 for a, b in zip(ours, theirs, strict=True))
 
 
 # ---- a side in a process of its own

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of each window that a trial trains."""
+"""The loss of each window that a trial trains, and how far those of two trials are apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastloop.loop import Loop
@@ -36,4 +37,11 @@ class Losses:
         self._loop._on["on_window"].remove(self._heard)
 
 
-__all__ = ["Losses"]
+def relative_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest of |a - b| / |a|; infinite where one of them is not finite."""
+    if len(ours) != len(theirs) or not all(map(math.isfinite, [*ours, *theirs])):
+        return math.inf
+    return max(abs(a - b) / max(abs(a), 1e-30) if a != b else 0.0 for a, b in zip(ours, theirs, strict=True))
+
+
+__all__ = ["Losses", "relative_difference"]

@@ -14,7 +14,7 @@ from typing import Any
 from fastloop.bench.stats import median_interval
 from fastloop.tune import memory_words as words
 from fastloop.tune import trial
-from fastloop.tune.flag_trial import relative_difference
+from fastloop.tune.losses import relative_difference
 from fastloop.tune.report import Report, Trial
 from fastloop.tune.session import OnTrial, Session, broken
 

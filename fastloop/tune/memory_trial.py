@@ -16,7 +16,7 @@ from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.optim.base import FusedOptimizer
 from fastloop.tune import child, parts
-from fastloop.tune.flag_trial import first_batches
+from fastloop.tune.loading import first_batches
 from fastloop.tune.longest import Looked, look
 from fastloop.tune.losses import Losses
 from fastloop.tune.peaks import nvml_bytes, peak

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastloop.bench.stats import Interval
-from fastloop.tune import flag_trial, trial
+from fastloop.tune import flag_trial, losses, trial
 from fastloop.tune.flags import NAMES, PAYS_WITHIN, ROUNDING, candidates, flags, objection, windows_to_pay
 from fastloop.tune.report import Report, Trial
 from fastloop.tune.target import TargetError
@@ -467,7 +467,7 @@ def test_few_batches_come_again(spec: Any) -> None:
 
 
 def test_differences() -> None:
-    difference = flag_trial.relative_difference
+    difference = losses.relative_difference
     assert difference([1.0, 2.0], [1.0, 2.2]) == pytest.approx(0.1)
     assert difference([0.0], [0.0]) == 0.0
     assert difference([1.0], [math.nan]) == math.inf
