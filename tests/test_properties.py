@@ -19,7 +19,7 @@ import fastloop
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 # Most of it on the CPU kernels: their loops have the most shapes, one for each instruction set.
-AT_LENGTH = {"cpu": 1500, "reference": 300, "cuda": 300, "triton": 300}
+AT_LENGTH = {"cpu": 1500, "reference": 300, "cuda": 200, "triton": 150}
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.integers(0, 3000).map(lambda n: (n,))
 unit = st.floats(0, 0.9999)

@@ -143,10 +143,12 @@ class Loop:
     train: Callable[[Task], nn.Module]
     exact: bool = True
     package: str | None = None  # what has to be installed
+    needs: tuple[str, ...] = ()  # packages that it imports at use, and does not bring itself
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
-        return None if self.package is None else import_problem(self.package)
+        wanted = () if self.package is None else (self.package, *self.needs)
+        return next((problem for problem in map(import_problem, wanted) if problem is not None), None)
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -379,6 +381,6 @@ LOOPS: dict[str, Loop] = {
         Loop("fabric", "Lightning Fabric", fabric, package="lightning"),
         Loop("accelerate", "Hugging Face Accelerate", accelerate, package="accelerate"),
         Loop("lightning", "Lightning Trainer", lightning, package="lightning"),
-        Loop("transformers", "transformers.Trainer", transformers, package="transformers"),
+        Loop("transformers", "transformers.Trainer", transformers, package="transformers", needs=("accelerate",)),
     )
 }

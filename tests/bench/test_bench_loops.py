@@ -110,7 +110,7 @@ def test_ours_gives_the_weights_of_the_loop_by_hand(name: str, ready: bool) -> N
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_framework_gives_the_same_bits(name: str, reference: Reference) -> None:
     if LOOPS[name].unavailable() is not None:
-        pytest.skip(f"needs {LOOPS[name].package}")
+        pytest.skip(f"needs {' and '.join([str(LOOPS[name].package), *LOOPS[name].needs])}")
     assert reference.verdict(LOOPS[name]) == ("ok", "")
 
 

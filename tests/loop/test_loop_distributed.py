@@ -116,7 +116,7 @@ def trained_on(results, epoch_steps=None):
 
 
 @pytest.mark.parametrize(("strategy", "before", "after"), [("ddp", 2, 1), ("fsdp2", 2, 3), ("ddp", 1, 2)])
-@pytest.mark.parametrize("stop", [3, 6])
+@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.slow)])  # within the epoch, at its end
 def test_resharded(strategy, before, after, stop, tmp_path):
     """In the middle of an epoch and at its last window: states bitwise, each sample of the epoch once.
 

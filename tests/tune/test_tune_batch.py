@@ -444,6 +444,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], words:
         batch("json:loads", **options)
 
 
+@pytest.mark.slow
 def test_both_sides_are_compared_without_graphs() -> None:
     """A loop keeps a graph of one shape; and here, without a GPU, one with cuda_graph cannot be made at all."""
     spec = {"function": "tune_sizes:perceptron", "arguments": {}, "options": {"cuda_graph": True}, "loader": {}}
