@@ -8,7 +8,7 @@ import inspect
 import math
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, ParamSpec
@@ -26,6 +26,7 @@ __all__ = [
     "multi_step",
     "names",
     "one_cycle",
+    "plateau",
     "polynomial",
     "step",
     "warmup_constant",
@@ -61,7 +62,7 @@ class Schedule:
         """Factor of the base learning rate that window `step` >= 0 is trained with; past the end that of the end.
 
         Raises:
-            ValueError: the schedule needs a total_steps and has none; see `resolved`.
+            ValueError: the schedule needs a total_steps and has none, see `resolved`; or it follows a metric.
         """
         return self._factor(step)
 
@@ -69,6 +70,11 @@ class Schedule:
     def arguments(self) -> dict[str, Any]:
         """Every argument, defaults too, as JSON: `from_name({"name": s.name, **s.arguments}) == s`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self.items}
+
+    @property
+    def follows_metric(self) -> bool:
+        """Whether the monitored metric decides, as for `plateau`: then there is no factor of a step alone."""
+        return self.name == "plateau"
 
     @property
     def needs_total_steps(self) -> bool:
@@ -172,6 +178,8 @@ def _checked(where: str, key: str, annotation: str, value: Any) -> Any:
     if value is None and "None" in annotation:
         return None
     if annotation.startswith("Sequence"):
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise TypeError(f"[{where}] {key} must be a list of int, got {value!r}; pass e.g. [30, 60]")
         return tuple(_checked(where, key, "int", each) for each in value)
     if annotation.startswith("Literal"):
         return value  # the choices are checked where they are used
@@ -537,6 +545,44 @@ def cyclic(
         return min_factor + top * height
 
     return factor
+
+
+# ---- by the monitored metric -------------------------------------------------------------------------
+
+
+@_schedule
+def plateau(
+    factor: float = 0.1, patience: int = 10, threshold: float = 1e-4, cooldown: int = 0, min_factor: float = 0.0
+) -> Factor:
+    """From f = 1 on f = max(f * factor, min), each time that the monitored metric gets no better for long enough.
+
+    That is after patience + 1 evaluations in a row, each counted unless a cooldown is on, in which no value m was
+    better than the best so far, b: m < b - threshold * |b| for mode "min", m > b + threshold * |b| for "max". `Loop`
+    steps it after each evaluation, on its first monitored metric and that metric's mode; a value that is not finite is
+    not better.
+
+    Args:
+        factor: of each drop, in (0, 1).
+        patience: evaluations without a better value that are borne.
+        threshold: part of the best value by which one has to be better, at least 0.
+        cooldown: evaluations after a drop that are not counted.
+        min_factor: in [0, 1]; no drop goes below.
+
+    Source: torch.optim.lr_scheduler.ReduceLROnPlateau with threshold_mode="rel", which for a best value below 0 takes
+    a worse one for better: its bound is b * (1 - threshold).
+    """
+    where = "plateau"
+    _require(0.0 < factor < 1.0, where, "factor must lie in (0, 1)", factor, "pass e.g. 0.1")
+    _require(threshold >= 0.0, where, "threshold must not be negative", threshold, "pass e.g. 1e-4")
+    _unit(where, min_factor=min_factor)
+
+    def unknown(step: int) -> float:
+        raise ValueError(
+            f"[plateau] the factor follows the monitored metric, and there is none for window {step} alone; pass the "
+            "schedule to Loop(schedule=...)"
+        )
+
+    return unknown
 
 
 # ---- what they share ---------------------------------------------------------------------------------

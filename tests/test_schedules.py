@@ -217,7 +217,19 @@ def _described(made: Schedule) -> dict[str, object]:
 
 def test_every_schedule_has_an_example() -> None:
     exported = {name for name in schedules.__all__ if name not in ("Schedule", "from_name", "names")}
-    assert exported == set(EXAMPLES) == set(schedules.names())
+    assert exported == {*EXAMPLES, "plateau"} == set(schedules.names())
+
+
+def test_plateau_is_described_as_the_others_and_has_no_factor_of_a_step() -> None:
+    made = schedules.plateau(0.5, patience=3, min_factor=0.01)
+    again = schedules.from_name(json.loads(json.dumps(_described(made))))
+    assert again == made == pickle.loads(pickle.dumps(made)) == made.resolved(100)
+    assert made.follows_metric
+    assert not made.needs_total_steps
+    assert not any(each.follows_metric for each in EXAMPLES.values())
+    assert schedules.from_name("plateau") == schedules.plateau(0.1, 10, 1e-4, 0, 0.0)
+    with pytest.raises(ValueError, match=r"\[plateau\] the factor follows the monitored metric.*Loop"):
+        made(0)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -301,6 +313,10 @@ def test_growth_beyond_floats_is_infinite() -> None:
         (lambda: schedules.cosine_restarts(5, 0), r"multiplier must be at least 1"),
         (lambda: schedules.polynomial(5, 0.0), r"power must be above 0"),
         (lambda: schedules.multi_step([3, -1]), r"milestones must not be negative"),
+        (lambda: schedules.plateau(1.0), r"\[plateau\] factor must lie in \(0, 1\), got 1.0"),
+        (lambda: schedules.plateau(threshold=-0.1), r"threshold must not be negative"),
+        (lambda: schedules.plateau(patience=-1), r"patience must not be negative"),
+        (lambda: schedules.plateau(min_factor=2.0), r"min_factor must lie in \[0, 1\]"),
     ],
 )
 def test_wrong_values(wrong: Callable[[], object], said: str) -> None:
@@ -318,6 +334,9 @@ def test_wrong_values(wrong: Callable[[], object], said: str) -> None:
         lambda: schedules.constant(None),
         lambda: schedules.one_cycle(10, three_phase=1),
         lambda: schedules.multi_step([1.5]),
+        lambda: schedules.multi_step(30),
+        lambda: schedules.multi_step("30"),
+        lambda: schedules.plateau(patience=1.5),
     ],
 )
 def test_wrong_types(wrong: Callable[[], object]) -> None:

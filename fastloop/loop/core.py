@@ -88,6 +88,11 @@ class Window:
             yield batch
         self._exhausted = True
 
+    @property
+    def first_batch(self) -> Any:
+        """The batch that it begins with, while it has not begun; None where this rank has none."""
+        return None if self._first is TAKEN or self._first is END else self._first
+
     def expect_backward(self) -> None:
         """Another backward will come, of a part of a micro-batch."""
         self._awaiting = True

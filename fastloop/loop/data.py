@@ -12,8 +12,9 @@ its own: it is one ahead of the device without being one ahead of the position t
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from fastloop.loop import random_state
+from fastloop.loop import own_state, random_state
+from fastloop.loop.iterators import Once, Rest
 from fastloop.loop.loader import (
     batch_size_of,
     distributed_sampler,
@@ -38,6 +40,8 @@ from fastloop.loop.loader import (
     shared_among,
     skippable,
 )
+from fastloop.loop.own_state import States
+from fastloop.loop.shares import batches_by_epoch, order_of, share_of, tells_order
 from fastloop.loop.strategy import Ranks
 
 END = object()  # no batch is left in this epoch
@@ -57,6 +61,8 @@ class Position:
     world: int = 1
     skip: int = 0  # samples of the epoch that earlier ranks, of another number, consumed
     order: dict[str, Any] | None = None  # random states that the epoch's order was drawn from, if by a loader alone
+    own_start: States | None = None  # states of sampler and data set that the epoch was begun with
+    own: States | None = None  # and now; without those that `own_start` and the replay make
 
     def for_ranks(self, size: int) -> Position:
         """The same place for another number of ranks: what is left of the epoch is divided anew.
@@ -65,10 +71,16 @@ class Position:
             RuntimeError: in the middle of an epoch of a loader of which nobody knows what is left.
         """
         if self.batches == 0 and self.skip == 0:
-            return Position(self.epoch)
+            return Position(self.epoch, own=self.own_now() or None)
         if self.batches > 0 and self.consumed <= self.skip:
             raise indivisible(self.world)
-        return Position(self.epoch, skip=self.consumed, order=self.order, world=size)
+        return Position(
+            self.epoch, skip=self.consumed, order=self.order, world=size, own_start=self.own_start, own=self.own
+        )
+
+    def own_now(self) -> States:
+        """The states of sampler and data set that are known of now, else of the epoch's start."""
+        return {**(self.own_start or {}), **(self.own or {})}
 
 
 @dataclass
@@ -80,12 +92,14 @@ class Feed:
         ranks: the processes that share the data.
         channels_last: 4-dimensional tensors come in that layout.
         seed: of the order, where the loop divides the data among ranks; the same on each.
+        trains: the states of the loader's sampler and data set belong to the run.
     """
 
     loader: Any
     ranks: Ranks
     channels_last: bool = False
     seed: int = 0
+    trains: bool = False
     epoch: int = 0
     batches: int = 0  # consumed in this epoch, on this rank
     batches_before: int = 0  # the window under way
@@ -94,9 +108,11 @@ class Feed:
     start: dict[str, Any] | None = None
     skip: int = 0
     order: dict[str, Any] | None = None
+    own_start: States | None = None
+    resumed: bool = False  # its sampler and data set have the states of the run's position
     begun: bool = False  # `begin` has brought it to where it is
     _iterator: Iterator[Any] | None = None
-    _once: _Once | None = None  # the same, where the loader can be gone through once only: it outlives `close`
+    _once: Once | None = None  # the same, where the loader can be gone through once only: it outlives `close`
     _spare: Any = None  # the last batch: what a rank that has run out computes on, with weight 0
     _stream: Any = None
     generators: list[torch.Generator] = field(default_factory=list)
@@ -105,6 +121,7 @@ class Feed:
         self._given = self.loader
         self.loader = self._current = shared_among(self.loader, self.ranks, self.seed)
         self.generators = generators_of(self.loader)
+        self._holders = own_state.of_loader(self._given) if self.trains else {}
         if self.ranks.device.type == "cuda":
             self._stream = _copy_stream(self.ranks.device)
 
@@ -121,6 +138,7 @@ class Feed:
         if self._once is not None and self._once.epoch == position.epoch:
             self._go_on(self._once, position)
             return
+        own = self._begin_own(position)
         set_epoch(self.loader, position.epoch)
         loader = self._current = self._remaining(position) if position.skip else self.loader
         if position.start is None:
@@ -129,8 +147,26 @@ class Feed:
             self.start = random_state.capture(self.generators)
             self._iterator = self._iterator_of(loader)
             self.batches_before = 0
-            self.begun = True
-            return
+        else:
+            self._replay_from(position, loader)
+        own_state.give(self._holders, own)
+        self.begun = self.resumed = True
+
+    def _begin_own(self, position: Position) -> States:
+        """Give sampler and data set the states that the epoch is begun with; returns those to be given after it."""
+        now, kept, start = own_state.capture(self._holders), position.own or {}, position.own_start or {}
+        if position.batches or position.skip:
+            self.own_start = {**now, **start}
+            after = {name: state for name, state in now.items() if name in kept}
+        else:  # what has been changed before the first window counts for it
+            self.own_start = {**now, **{name: state for name, state in start.items() if name not in kept}}
+            after = {}
+        own_state.give(self._holders, self.own_start)
+        return after
+
+    def _replay_from(self, position: Position, loader: Any) -> None:
+        """Make the iterator with the states of the epoch's start, consume what was consumed, put back those of now."""
+        assert position.start is not None
         assert position.now is not None
         random_state.restore(position.start, self.generators)
         self.start = position.start
@@ -139,7 +175,7 @@ class Feed:
         rest = None
         if position.loader is None and skippable(loader):
             unread = position.batches - (self.ranks.size > 1)  # the last one is read: see `repeated`
-            rest = _Rest(loader.batch_sampler, max(unread, 0))
+            rest = Rest(loader.batch_sampler, max(unread, 0))
             loader = rebuilt(loader, rest)
         self._iterator = self._iterator_of(loader)
         if rest is not None:
@@ -149,13 +185,33 @@ class Feed:
             self._replay(position.batches)
         self.batches = self.batches_before = position.batches
         random_state.restore(position.now, self.generators)
-        self.begun = True
+
+    def resume(self, position: Position, is_over: bool = False) -> None:
+        """Give the sampler and the data set the states that a checkpoint has of them.
+
+        Where the run `is_over` for this loader the states may be those of a later one's parts, and need not fit.
+        """
+        states = position.own_now()
+        with suppress(Exception) if is_over else nullcontext():
+            own_state.give(self._holders, states)
+            self.resumed = not (is_over and own_state.missing(self._holders, states))
+        if not is_over:
+            own_state.warn_of_missing(self._holders, states, "training data's")
+
+    def own(self) -> States | None:
+        """The states of the loader's sampler and data set; None without any."""
+        return own_state.capture(self._holders) or None
+
+    def _own_unread(self) -> States | None:
+        """Of those, what reading batches does not change: the states of samplers that tell their order."""
+        still = {name: holder for name, holder in self._holders.items() if tells_order(holder)}
+        return own_state.capture(still) or None
 
     def _iterator_of(self, loader: Any) -> Iterator[Any]:
         iterator = iterate(loader)
         if iterator is not loader:
             return iterator
-        once = _Once(iterator, self.epoch)
+        once = Once(iterator, self.epoch)
         if self._once is not None and not once.has_more():
             raise ValueError(
                 f"[Loop] epoch {self.epoch}: the loader gave no batch: a generator can be gone through once; pass a "
@@ -164,12 +220,13 @@ class Feed:
         self._once = once
         return once
 
-    def _go_on(self, once: _Once, position: Position) -> None:
+    def _go_on(self, once: Once, position: Position) -> None:
         """In the epoch under way, with what the iterator gives next: what it gave before it cannot give again."""
         once.back_to(position.batches)
         if position.now is not None:
             random_state.restore(position.now, self.generators)
         self.start = position.start or self.start
+        self.own_start = position.own_start or self.own_start
         self._iterator = once
         self.batches = self.batches_before = position.batches
         self.begun = True
@@ -200,6 +257,8 @@ class Feed:
             world=self.ranks.size,
             skip=self.skip,
             order=self.order or (None if divided else self.start),
+            own_start=self.own_start or None,
+            own=self.own(),
         )
 
     def position_of_last_window(self) -> Position:
@@ -207,10 +266,12 @@ class Feed:
         position = self.position()
         if self.batches_before != self.batches:
             position.loader = None  # its own state is beyond the window: it is replayed
+            position.own = self._own_unread()  # as are those of its other parts
         position.batches = self.batches_before
         position.consumed = self._consumed(self.batches_before)
         if position.batches == 0:  # the order of the epoch is drawn with the first batch: before that nothing counts
             position.now = self.start
+            position.own = self._own_unread()
         return position
 
     def _consumed(self, batches: int) -> int:
@@ -230,7 +291,7 @@ class Feed:
 
     def position_before(self, epoch: int) -> Position:
         """Where the run is, before the iterator of `epoch` is made."""
-        return Position(epoch, now=random_state.capture(self.generators), world=self.ranks.size)
+        return Position(epoch, now=random_state.capture(self.generators), world=self.ranks.size, own=self.own())
 
     def _remaining(self, position: Position) -> Any:
         """A loader of the samples of this epoch that ranks of another number left, divided among these ranks."""
@@ -249,6 +310,8 @@ class Feed:
 
     def _order(self, given: DataLoader[Any], position: Position) -> list[int]:
         """All samples of the epoch in the order of the ranks that began it."""
+        if tells_order(given.sampler):
+            return order_of(given.sampler, position.epoch)
         if position.order is not None:
             kept = random_state.capture(self.generators)
             random_state.restore(position.order, self.generators)
@@ -256,10 +319,12 @@ class Feed:
             order = [index for batch in given.batch_sampler for index in batch]  # type: ignore[union-attr]
             random_state.restore(kept, self.generators)
             return order
-        sampler = distributed_sampler(self.loader)
-        shuffles = isinstance(given.sampler, torch.utils.data.RandomSampler) if sampler is None else sampler.shuffle
-        seed = self.seed if sampler is None else sampler.seed
-        whole: DistributedSampler[Any] = DistributedSampler(given.dataset, 1, 0, shuffle=shuffles, seed=seed)
+        sampler = distributed_sampler(given)
+        whole: DistributedSampler[Any] = (
+            share_of(given, 1, 0, self.seed)
+            if sampler is None
+            else DistributedSampler(given.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed)
+        )
         whole.set_epoch(position.epoch)
         return list(whole)
 
@@ -334,71 +399,18 @@ class Feed:
         """Whether `loader` is this feed's and keeps a place of its own, which another iterator would move."""
         return loader is self._given and keeps_own_state(self._current)
 
-    def full_length(self) -> int | None:
-        """Batches of a whole epoch on this rank, None where the loader does not know."""
-        return length_of(self.loader)
+    def windows_of(self, epochs: int, accumulation_steps: int, enough: float = math.inf) -> int | None:
+        """Windows of so many whole epochs on this rank (at least `enough`), None where the loader does not know."""
+        lengths = batches_by_epoch(self.loader, epochs, enough * accumulation_steps)
+        if lengths is None:
+            length = length_of(self.loader)
+            return None if length is None else epochs * math.ceil(length / accumulation_steps)
+        windows = [math.ceil(length / accumulation_steps) for length in lengths]
+        return sum(windows) + (epochs - len(windows)) * (windows[-1] if windows else 0)
 
     def length(self) -> int | None:
         """Batches of the present epoch on this rank, None where the loader does not know."""
         return length_of(self._current)
-
-
-class _Once:
-    """A loader that is its own iterator, in one epoch; batches of the window under way can be given again."""
-
-    def __init__(self, iterator: Iterator[Any], epoch: int) -> None:
-        self.iterator, self.epoch = iterator, epoch
-        self.given = 0
-        self.window: list[Any] = []  # given since the last whole window
-        self._again: list[Any] = []
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        batch = self._again.pop(0) if self._again else next(self.iterator)
-        self.given += 1
-        return batch
-
-    def has_more(self) -> bool:
-        """Whether there is another batch; it is fetched for that."""
-        if not self._again:
-            self._again = list(itertools.islice(self.iterator, 1))
-        return bool(self._again)
-
-    def back_to(self, count: int) -> None:
-        """The next batch is the one after the first `count`, which is in the window under way or follows it."""
-        behind = self.given - count
-        assert 0 <= behind <= len(self.window)
-        self._again = self.window[len(self.window) - behind :] + self._again
-        self.given = count
-        self.window = []
-
-
-class _Rest:
-    """The batches of a batch sampler after the first `skipped`, for one epoch."""
-
-    def __init__(self, batch_sampler: Any, skipped: int) -> None:
-        self.batch_sampler, self.skipped = batch_sampler, skipped
-        self._batches: Iterator[Any] = iter(())
-
-    def __iter__(self) -> Iterator[Any]:
-        # Samplers draw their order when the first batch is asked for; DataLoader draws a seed of its own before that.
-        self._batches = iter(self.batch_sampler)
-        return self
-
-    def __next__(self) -> Any:
-        self.skip()
-        return next(self._batches)
-
-    def skip(self) -> None:
-        """Pass over what is to be skipped, if that has not been done."""
-        while self.skipped > 0:
-            self.skipped -= 1
-            next(self._batches, None)
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
 
 
 @functools.cache

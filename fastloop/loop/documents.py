@@ -30,6 +30,8 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> JSON:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, Tensor):
+        while name in tensors:  # {"a.b": ..., "a": {"b": ...}}
+            name += "'"
         tensors[name] = value.detach()
         return {"$tensor": name}
     if isinstance(value, numpy.ndarray):

@@ -123,7 +123,7 @@ def evaluate(
     ranks.same_buffers(model)
     sums: dict[str, Any] = {}
     total: Any = 0.0
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for batch, repeated in _batches(feed, ranks, equal_counts=not sharded):
             if to_stop is not None and to_stop():
                 feed.close()
@@ -184,7 +184,8 @@ def _repeated_samples(loader: Any, ranks: Ranks) -> int:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Each module's mode is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

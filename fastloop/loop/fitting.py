@@ -27,6 +27,8 @@ class Fitting(Running):
 
     loss_fn: evaluation.LossFunction | None
     _curves: bool
+    _check: bool
+    _scheduled: bool
     _keep_best: int
     _evaluator: Callable[[], Any] | None
 
@@ -60,6 +62,7 @@ class Fitting(Running):
 
         Raises:
             ValueError: no loss_fn, no end, or a loader without any batch.
+            CheckFailed: `check=True`, and a check found an error.
             KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, once the run is saved.
         """
         self._check_fit(val_loader, epochs, max_steps, evaluate_every_steps, evaluate_ema)
@@ -67,18 +70,24 @@ class Fitting(Running):
             to_stop = self._to_stop if self.ranks.size == 1 else None  # ranks would have to agree, at each batch
             self._evaluator = lambda: self._evaluate(val_loader, evaluate_ema, "val", to_stop)
             self._evaluate_every = evaluate_every_steps or 0
+        self._fitted_with = {"val_loader": val_loader, "evaluate_every_steps": evaluate_every_steps}
         if not self.model.training:  # as models come that were loaded for inference
             self.model.train()
         try:
             with self:
+                feed = self._feed_of(train_loader, epochs, max_steps)  # the states of its parts are what callbacks find
                 for callback in self._on["on_fit_start"]:
                     callback(self)
                 if val_loader is not None:
-                    self._feed_of(train_loader).also_keep(val_loader)
+                    feed.also_keep(val_loader)
+                unchecked = self._check
                 for window in self._run(train_loader, epochs, max_steps):
+                    if unchecked:
+                        self._look_first(window, train_loader, val_loader, epochs)
+                        unchecked = False
                     self._train(window)
         finally:
-            self._evaluator, self._evaluate_every = None, 0
+            self._evaluator, self._evaluate_every, self._fitted_with = None, 0, None
         for callback in self._on["on_fit_end"]:
             callback(self)
         self._plot()
@@ -102,9 +111,21 @@ class Fitting(Running):
             raise ValueError("[Loop] evaluate_every_steps needs a val_loader")
         if val_loader is None and evaluate_ema:
             raise ValueError("[Loop] evaluate_ema needs a val_loader")
-        if self._stopper is not None and val_loader is None and not self._on["on_window"] + self._on["on_epoch_end"]:
-            raise ValueError("[Loop] patience needs evaluations; pass a val_loader to fit")
+        if val_loader is None and not self._on["on_window"] + self._on["on_epoch_end"]:  # these may evaluate
+            if self._stopper is not None:
+                raise ValueError("[Loop] patience needs evaluations; pass a val_loader to fit")
+            if self._rates.follows_metric:
+                raise ValueError(
+                    "[Loop] schedule follows a metric and needs evaluations, got no val_loader; pass one to fit, or "
+                    "take a schedule of the step"
+                )
         evaluation.check_ema(self.optimizer, evaluate_ema)
+
+    def _look_first(self, window: Window, train_loader: Any, val_loader: Any, epochs: int | None) -> None:
+        """`check=True`: the checks, on the batch that the first window begins with."""
+        from fastloop.checks.run import check_run  # which looks with parts of the loop
+
+        check_run(self, window.first_batch, train_loader, val_loader, epochs)
 
     def _train(self, window: Window) -> None:
         """Forward and backward of a window's micro-batches, and the step."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
+
+from fastloop.loop.probe import call
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -79,7 +81,7 @@ def model_flops(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> 
     Matrix products, convolutions and attention count, two FLOPs a multiply-add; what needs no gradient costs no
     backward. Nothing is computed: no memory is taken, no random number is drawn, no gradient or buffer changes. Model
     code that looks at values (`if x.sum() > 0`) cannot be followed and gives None, as does a model with forward hooks,
-    which could keep such tensors.
+    which could keep such tensors, and one with nn.LSTM, nn.GRU or nn.RNN, whose products torch does not count.
 
     Args:
         model: before it is wrapped (DDP, FSDP) or told to recompute activations, which this would count.
@@ -93,7 +95,7 @@ def model_flops(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> 
     from torch.utils.flop_counter import FlopCounterMode
 
     hooks = [len(each) for module in model.modules() for each in (module._forward_hooks, module._forward_pre_hooks)]
-    if any(hooks):
+    if any(hooks) or any(isinstance(each, nn.RNNBase) for each in model.modules()):
         return None
     counter = FlopCounterMode(display=False)
     try:
@@ -121,10 +123,7 @@ def _loss(model: Any, batch: Any, loss_fn: LossFn | None) -> Tensor | None:
     if loss_fn is not None:
         found = loss_fn(model, batch)
         return found[0] if isinstance(found, tuple) else found
-    if isinstance(batch, Mapping):
-        outputs = model(**batch)
-    else:
-        outputs = model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+    outputs = call(model, batch)
     floating = [each.sum() for each in tree_leaves(outputs) if isinstance(each, Tensor) and each.is_floating_point()]
     return torch.stack([each.float() for each in floating]).sum() if floating else None
 

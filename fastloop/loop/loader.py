@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from fastloop.loop.own_state import has_state
 from fastloop.loop.seeded import SeededDataset
+from fastloop.loop.shares import batches_plainly, plain, share_of, tells_order
 from fastloop.loop.signals import ShieldedInit
 from fastloop.loop.strategy import Ranks
 
@@ -214,11 +216,11 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever shuffles by the epoch's number: samplers of the loader, its data set, the loader itself."""
+    """Tell whatever goes by the epoch's number: the data set, samplers of the loader, the loader itself."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (
-        loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None),
-        getattr(loader, "dataset", None),
+    holders = (  # the data set first: samplers ask for its length
+        getattr(loader, "dataset", None), loader, getattr(loader, "sampler", None), batch_sampler,
+        getattr(batch_sampler, "sampler", None),
     )  # fmt: skip
     for holder in {id(h): h for h in holders}.values():
         told = getattr(holder, "set_epoch", None)
@@ -229,33 +231,28 @@ def set_epoch(loader: Any, epoch: int) -> None:
 def shared_among(loader: Any, ranks: Ranks, seed: int = 0) -> Any:
     """`loader`, or one in its place whose samples are divided among the ranks.
 
-    A DataLoader that shuffles, or goes through its data in order, would give every rank all of the data: it gets a
-    DistributedSampler. A loader with another sampler, with an iterable data set, or that is no DataLoader, is taken as
-    one that divides already.
+    A DataLoader that shuffles, goes through its data in order, or has a sampler that tells its order (see
+    `fastloop.loop.shares`), would give every rank all of the data: it gets a DistributedSampler. A loader with another
+    sampler, with an iterable data set, or that is no DataLoader, is taken as one that divides already.
 
     Raises:
         ValueError: a DataLoader without batches of indices, which would give every rank all of the data.
     """
     if ranks.size == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if loader.batch_sampler is None and _plain(loader.sampler):
+    if loader.batch_sampler is None and (plain(loader.sampler) or tells_order(loader.sampler)):
         raise ValueError(
             f"[Loop] DataLoader(batch_size=None) gives each of the {ranks.size} ranks all of the data; pass it a "
             "batch_size, or sampler=torch.utils.data.DistributedSampler(dataset)"
         )
     if not _divided_here(loader):
         return loader
-    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
-    sampler: Any = DistributedSampler(loader.dataset, ranks.size, ranks.rank, shuffle=shuffles, seed=seed)
+    sampler: Any = share_of(loader, ranks.size, ranks.rank, seed)
     return rebuilt(loader, torch.utils.data.BatchSampler(sampler, loader.batch_size or 1, loader.drop_last))
 
 
-def _plain(sampler: Any) -> bool:
-    return isinstance(sampler, (torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler))
-
-
 def _divided_here(loader: DataLoader[Any]) -> bool:
-    return _plain(loader.sampler) and type(loader.batch_sampler) is torch.utils.data.BatchSampler
+    return (plain(loader.sampler) or tells_order(loader.sampler)) and batches_plainly(loader)
 
 
 def divisible(loader: Any) -> bool:
@@ -269,8 +266,8 @@ def indivisible(world: int) -> RuntimeError:
     return RuntimeError(
         f"[Loop] the checkpoint was made by {world} ranks in the middle of an epoch; what is left can be divided among "
         "another number of ranks for a DataLoader over a map-style data set only, in batches of one size, that "
-        "shuffles, goes in order, or has a DistributedSampler; resume with that number of ranks, or from the start of "
-        "an epoch"
+        "shuffles, goes in order, or has a DistributedSampler or a sampler with indices(epoch); resume with that "
+        "number of ranks, or from the start of an epoch"
     )
 
 
@@ -287,9 +284,11 @@ def keeps_own_state(loader: Any) -> bool:
     """Whether the loader's own state brings it back exactly.
 
     That of torchdata's StatefulDataLoader does not hold what its workers have drawn: over a map-style data set that
-    draws, only a replay does.
+    draws, only a replay does. And a sampler that has a state is asked for it in place of being skipped through.
     """
     if not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        return False
+    if isinstance(loader, DataLoader) and has_state(loader.sampler):
         return False
     if not isinstance(loader, DataLoader) or loader.num_workers == 0:
         return True

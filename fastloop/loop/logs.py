@@ -16,6 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy
+from numpy.typing import NDArray
+
 Value: TypeAlias = float | int | str | None
 Row: TypeAlias = Mapping[str, Value]
 
@@ -30,7 +33,9 @@ class Logger(Protocol):
     run goes on from, None for a new run. Rows of later steps will be logged again: what the logger holds of them has to
     go. `log(row)` takes a row of numbers, texts and None, "step" always among them. `close()` ends it. A logger that
     has a `sync()` makes durable there what it was given; it is called before a checkpoint is written. One with
-    `needs_run_dir = True` is left out of a run without a folder; others then get None for it.
+    `needs_run_dir = True` is left out of a run without a folder; others then get None for it. One with
+    `log_image(name, image, step)` gets pictures, uint8 [height, width, 3]; one with `log_config(config)` gets what the
+    run was configured with at its start, a dict of JSON with dotted names and no dicts in it.
     """
 
     def open(self, run_dir: Path | None, resume_step: int | None) -> None: ...
@@ -196,6 +201,31 @@ class Loggers:
             except OSError as error:
                 self._warn(logger, row.get("step"), error)
 
+    @property
+    def take_images(self) -> bool:
+        """Whether there is one for pictures."""
+        return any(hasattr(logger, "log_image") for logger in self.loggers)
+
+    @property
+    def take_config(self) -> bool:
+        """Whether there is one for what the run was configured with."""
+        return any(hasattr(logger, "log_config") for logger in self.loggers)
+
+    def log_image(self, name: str, image: NDArray[numpy.uint8], step: int) -> None:
+        """Hands the picture to all that take one."""
+        self._to_those_with("log_image", step, name, image, step)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Hands what the run was configured with to all that take it."""
+        self._to_those_with("log_config", None, config)
+
+    def _to_those_with(self, method: str, step: int | None, *given: Any) -> None:
+        for logger in self._open:
+            try:
+                getattr(logger, method, _nothing)(*given)
+            except (OSError, ImportError) as error:  # services read pictures with Pillow, which not all of them bring
+                self._warn(logger, step, error)
+
     def sync(self) -> None:
         """Makes durable what was logged, for loggers that can."""
         for logger in self._open:
@@ -215,7 +245,7 @@ class Loggers:
         if errors:
             raise errors[0]
 
-    def _warn(self, logger: Logger, step: Value, error: OSError) -> None:
+    def _warn(self, logger: Logger, step: Value, error: OSError | ImportError) -> None:
         if id(logger) in self._failed:
             return
         self._failed.add(id(logger))
@@ -233,7 +263,8 @@ def make_loggers(loggers: str | Logger | Iterable[str | Logger], *, rank: int = 
     """Loggers from names and objects.
 
     Args:
-        loggers: names ("jsonl", "csv", "tensorboard", "wandb") or objects with the Logger protocol, or one of these.
+        loggers: names ("jsonl", "csv", "tensorboard", "wandb", "mlflow") or objects with the Logger protocol, or one
+            of these.
         rank: of this process; those above 0 log nothing.
 
     Raises:
@@ -257,6 +288,7 @@ def _one(given: Any) -> Logger:
             "csv": Csv,
             "tensorboard": trackers.TensorBoard,
             "wandb": trackers.Wandb,
+            "mlflow": trackers.Mlflow,
         }
         if given not in known:
             raise ValueError(f"[logs] a logger must be one of {', '.join(map(repr, known))}, got {given!r}; pass one")
@@ -316,7 +348,7 @@ class AppendedFile:
 # ---- rows and files ----------------------------------------------------------------------------------
 
 
-def _nothing() -> None:
+def _nothing(*given: Any) -> None:
     pass
 
 

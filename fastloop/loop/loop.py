@@ -13,7 +13,7 @@ from torch import nn
 
 from fastloop.loop import config as config_file
 from fastloop.loop import evaluate as evaluation
-from fastloop.loop import graphs, options, random_state, saver
+from fastloop.loop import graphs, images, options, own_state, random_state, saver
 from fastloop.loop import precision as modes
 from fastloop.loop import strategy as distributed
 from fastloop.loop.checkpoint import Store
@@ -64,14 +64,16 @@ class Loop(Fitting):
         channels_last: model and images in that layout.
         activation_checkpointing: patterns of layer names, or n for every n-th block.
         auto_microbatch: `fit` halves the micro-batch where memory runs out, and keeps the window.
-        loggers: "jsonl", "csv", "tensorboard", "wandb" or objects with the Logger protocol.
+        loggers: "jsonl", "csv", "tensorboard", "wandb", "mlflow" or objects with the Logger protocol.
         log_every: windows between two rows.
         system_every_seconds: between two samples of `fastloop.monitor`, which rows get as "system/..."; None for none.
         progress: a progress bar: None on a terminal only, True, False.
-        callbacks: objects with methods among `options.EVENTS`, each called with the loop.
+        callbacks: objects with methods among `options.EVENTS`, each called with the loop; the states of those with
+            `state_dict` and `load_state_dict` are in the checkpoints.
         flops_per_sample: FLOPs of forward and backward of a sample, for "mfu"; see `flops.model_flops`.
         config: anything of JSON, stored in each checkpoint.
         curves: draw run_dir/training_curves.png after `fit`, where matplotlib is installed.
+        check: `fit` looks for the usual mistakes before its first window; see `fastloop.checks.preflight`.
 
     Attributes:
         model, optimizer, global_step (windows done), epoch (epochs finished), run_dir, device, ranks, history,
@@ -125,7 +127,10 @@ class Loop(Fitting):
         flops_per_sample: float | None = None,
         config: Mapping[str, Any] | None = None,
         curves: bool = True,
+        check: bool = False,
     ) -> None:
+        callbacks = tuple(callbacks)
+        self._options = dict(locals())  # described where somebody reads it: see description.begin
         options.objects(model, optimizer, loss_fn)
         options.positive("accumulation_steps", accumulation_steps)
         options.positive("log_every", log_every)
@@ -142,6 +147,7 @@ class Loop(Fitting):
         flags = {
             "keep_log_spaced": keep_log_spaced, "deterministic": deterministic, "compile": compile,
             "cuda_graph": cuda_graph, "channels_last": channels_last, "auto_microbatch": auto_microbatch,
+            "check": check,
         }  # fmt: skip
         for name, value in flags.items():
             options.flag(name, value)
@@ -161,11 +167,11 @@ class Loop(Fitting):
                 "[Loop] auto_microbatch=True is for one process: other ranks cannot know what one has run out of"
             )
         self.monitors = options.monitors(monitor, mode)
-        self._on = options.events(callbacks)
+        self._on, self._callbacks = options.events(callbacks), own_state.of_callbacks(callbacks)
         self.accumulation_steps = accumulation_steps
         self.nonfinite, self.strategy, self.seed, self.config = nonfinite, strategy, seed, config
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self._curves = curves
+        self._curves, self._check, self._scheduled = curves, check, schedule is not None
         self._channels_last, self._auto_microbatch = channels_last, auto_microbatch
 
         place = None if device is None else torch.device(device)
@@ -191,7 +197,7 @@ class Loop(Fitting):
         update = updater(optimizer, modes.scaler(self.precision, self.device), max_grad_norm, max_grad_value)
         self._start_core(update, distributed.gradient_sync(self.model) if self.ranks.size > 1 else None)
         self._keep_batches = self.run_dir is not None and nonfinite != "skip"
-        self._rates = Rates(optimizer, schedule)
+        self._rates = Rates(optimizer, schedule, next(iter(self.monitors.values())))
 
         self._stopper = None if patience is None else EarlyStopping(patience, next(iter(self.monitors.values())))
         self._reporter = Reporter(
@@ -250,6 +256,32 @@ class Loop(Fitting):
             ConfigError: a key that nobody takes or a value that does not fit; it names file, line and key.
         """
         return config_file.build(cls, config_file.read(given), model, optimizer, loss_fn, **options).loop
+
+    def log_image(self, name: str, image: Any) -> None:
+        """Write a picture to `run_dir/images/NAME-STEP.png`, and hand it to each logger that takes pictures.
+
+        Args:
+            name: letters, digits and _.=+-, with / between folders.
+            image: a tensor [1 or 3, height, width], an array [height, width, 1 or 3], [height, width], or an image of
+                PIL; floats in [0, 1] or integers in [0, 255]. Rank 0's is taken.
+
+        Raises:
+            ValueError: another name, other dimensions or values.
+        """
+        images.log_image(self, name, image)
+
+    def log_confusion_matrix(self, name: str, matrix: Any, classes: Sequence[Any] | None = None) -> None:
+        """Write a confusion matrix to `run_dir/images/NAME-STEP.json`, and with matplotlib as a picture by `log_image`.
+
+        Args:
+            name: as for `log_image`.
+            matrix: [classes, classes], counts or shares: true classes in rows, predicted ones in columns.
+            classes: their names; None for their numbers.
+
+        Raises:
+            ValueError: another name, a matrix that is none, or another number of names.
+        """
+        images.log_confusion_matrix(self, name, matrix, classes)
 
     def _prepared(self, model: nn.Module, compile: bool, which: Sequence[str] | int | None) -> nn.Module:
         """The model on its device, in its precision and layout, spread over the ranks."""

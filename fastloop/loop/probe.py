@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,17 +61,18 @@ def first_batch(given: Any) -> Any:
     raise ValueError("[Loop] the loader must give a batch, got none; pass a loader of at least one sample")
 
 
+def call(model: Any, batch: Any) -> Any:
+    """The model's output: a dict by name, the first element of a list or tuple, or the batch itself."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients; each module's mode is put back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation.eval_mode(model), torch.no_grad():
+        yield
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -12,7 +13,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastloop import schedules
+from fastloop.loop.plateau import Plateau
 from fastloop.schedules import Schedule, from_name
+
+logger = logging.getLogger("fastloop.loop")
 
 Given = str | Mapping[str, Any] | Schedule | LRScheduler | Callable[[int], float] | None
 
@@ -21,20 +25,22 @@ class Rates:
     """Sets the groups' learning rates, once for each window: window `step` is trained with lr(step).
 
     lr(step) = initial_lr * schedule(step) for a schedule of ours and for a function; a scheduler of torch is stepped
-    after each window, skipped ones too, and ReduceLROnPlateau after each evaluation.
+    after each window, skipped ones too. `plateau` and torch's ReduceLROnPlateau are stepped after each evaluation.
 
     Args:
         optimizer: whose groups are set; "initial_lr" is kept in them, as torch's schedulers do.
         schedule: what was given to Loop.
+        mode: "min" or "max", of the metric that `plateau` follows; torch's scheduler has its own.
 
     Raises:
         TypeError: something else, or torch's scheduler of another optimizer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Given) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Given, mode: str = "min") -> None:
         self._optimizer = optimizer
         self._scheduler: LRScheduler | None = None
-        self._plateau: ReduceLROnPlateau | None = None
+        self._torchs_plateau: ReduceLROnPlateau | None = None
+        self._plateau: Plateau | None = None
         self._factor: Callable[[int], float] | None = None
         self._schedule: Callable[[int], float] | None = None  # as it was given
         self._bases: list[float] = []
@@ -45,7 +51,7 @@ class Rates:
             if schedule.optimizer is not optimizer:
                 raise TypeError("[Loop] the schedule is a torch scheduler of another optimizer; make it with this one")
             if isinstance(schedule, ReduceLROnPlateau):
-                self._plateau = schedule
+                self._torchs_plateau = schedule
             else:
                 self._scheduler = schedule
         elif callable(schedule):
@@ -55,6 +61,9 @@ class Rates:
             if schedule is getattr(schedules, name, None):
                 raise TypeError(f"[Loop] schedule is what makes a schedule; pass fastloop.schedules.{name}(...)")
             self._factor = self._schedule = schedule
+            if isinstance(schedule, Schedule) and schedule.follows_metric:
+                self._plateau = Plateau(schedule, mode)
+                self._factor = self._plateau_factor
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
         elif schedule is not None:
@@ -65,7 +74,7 @@ class Rates:
 
     def begin(self, step: int, total_steps: int | None) -> None:
         """Before the first window: fill in the training's length, set the rate of window `step`."""
-        if isinstance(self._schedule, Schedule):
+        if isinstance(self._schedule, Schedule) and self._plateau is None:
             self._factor = self._schedule.resolved(total_steps)  # anew: a later call may train longer
         self._bases = []
         if self._factor is not None:
@@ -98,8 +107,15 @@ class Rates:
 
     def evaluated(self, value: float) -> None:
         """After an evaluation: its monitored metric."""
-        if self._plateau is not None:
-            self._plateau.step(value)
+        if self._torchs_plateau is not None:
+            self._torchs_plateau.step(value)
+        elif self._plateau is not None:
+            self._plateau.update(value)
+            self._set(0)  # now: the next window is trained with it
+
+    def _plateau_factor(self, step: int) -> float:
+        assert self._plateau is not None
+        return self._plateau.factor
 
     def _set(self, step: int) -> None:
         assert self._factor is not None
@@ -113,15 +129,28 @@ class Rates:
             else:
                 group["lr"] = base * factor
 
+    @property
+    def follows_metric(self) -> bool:
+        """Whether nothing but evaluations moves the rate."""
+        return self._plateau is not None or self._torchs_plateau is not None
+
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint. A schedule of ours has no state: it depends on the step alone."""
-        scheduler = self._scheduler or self._plateau
+        """For a checkpoint. A schedule of ours has no state but for `plateau`: it depends on the step alone."""
+        if self._plateau is not None:
+            return {"plateau": self._plateau.state_dict()}
+        scheduler = self._scheduler or self._torchs_plateau
         return {} if scheduler is None else scheduler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
-        scheduler = self._scheduler or self._plateau
-        if scheduler is not None and state:
+        """From a checkpoint; without the state of a schedule of this kind it begins anew, with a warning."""
+        scheduler = self._scheduler or self._torchs_plateau
+        if scheduler is None and self._plateau is None:
+            return
+        if not state or (self._plateau is None) == ("plateau" in state):
+            logger.warning("the checkpoint is of a run with another kind of schedule; this one begins anew")
+        elif self._plateau is not None:
+            self._plateau.load_state_dict(state["plateau"])
+        elif scheduler is not None:
             scheduler.load_state_dict(dict(state))
 
 

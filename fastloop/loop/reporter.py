@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
 from fastloop.loop.core import Window
 from fastloop.loop.data import Feed
@@ -31,6 +33,7 @@ MACHINE = ("memory/", "samples/", "tokens/", "steps/", PREFIX)
 # fp16's scale overflows by design: about every 2000 windows, and at the start once for each factor of 2 by which 65536
 # is too large. So many windows in a row are no matter of the scale.
 OVERFLOWS = 20
+LAST = 2**62  # a step that no row is after, within what TensorBoard counts in
 
 logger = logging.getLogger("fastloop.loop")
 
@@ -184,14 +187,43 @@ class Reporter:
         for callback in self._loop._on["on_log"]:
             callback(self._loop, row)
 
+    def picture(self, name: str, pixels: NDArray[numpy.uint8]) -> None:
+        """A picture for the loggers that take one, also outside of a run."""
+        step = self._loop.global_step
+        if self._open:
+            self._loggers.log_image(name, pixels, step)
+        elif self._loggers.take_images:
+            with self._outside_of_a_run():
+                self._loggers.log_image(name, pixels, step)
+
+    @property
+    def takes_config(self) -> bool:
+        """Whether a logger wants what the run was configured with."""
+        return self._loggers.take_config
+
+    def config(self, config: dict[str, Any]) -> None:
+        """What the run was configured with, for the loggers that take it."""
+        self._loggers.log_config(config)
+
     def _append(self, row: dict[str, Any]) -> None:
-        """A row outside of a run: what later steps have logged stays. A new run's first row makes the files anew."""
+        """A row outside of a run."""
         new = self._resumed_step is None
-        self._loggers.open(self._loop.run_dir, None if new else sys.maxsize)
-        self._loggers.log(row)
-        self._loggers.close()
+        with self._outside_of_a_run():
+            self._loggers.log(row)
         if new:
-            self._resumed_step, self._rows = self._loop.global_step, self._rows + 1
+            self._rows += 1
+
+    @contextmanager
+    def _outside_of_a_run(self) -> Iterator[None]:
+        """What later steps have logged stays. What comes first in a new run makes the files anew."""
+        new = self._resumed_step is None
+        self._loggers.open(self._loop.run_dir, None if new else LAST)
+        try:
+            yield
+        finally:
+            self._loggers.close()
+        if new:
+            self._resumed_step = self._loop.global_step
 
     def _not_finite(self, record: Record, loss: float) -> None:
         loop = self._loop

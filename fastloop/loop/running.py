@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from fastloop.loop import options, random_state
+from fastloop.loop import description, options, random_state
 from fastloop.loop.core import Window
 from fastloop.loop.data import Feed, Position
 from fastloop.loop.signals import Signals
@@ -32,6 +32,9 @@ class Running(Stateful):
     _save_asked: bool
     _improved: bool  # a monitored metric is better than ever: worth a checkpoint
     _evaluate_every: int  # windows; 0 for after epochs only
+    _options: dict[str, Any]  # arguments of Loop, for run.json
+    _fitted_with: dict[str, Any] | None = None  # arguments of `fit`, while it runs
+    _described_at: float | None = None  # the time of its latest start in run.json
 
     def _evaluate_now(self) -> None:
         """What `fit` evaluates, unless that has been done at this step."""
@@ -63,7 +66,7 @@ class Running(Stateful):
         return self._run(train_loader, epochs, max_steps)
 
     def _run(self, train_loader: Any, epochs: int | None, max_steps: int | None) -> Iterator[Window]:
-        feed = self._feed_of(train_loader)
+        feed = self._feed_of(train_loader, epochs, max_steps)
         with self._running(feed, epochs, max_steps):
             if not self._goes_on(epochs, max_steps):  # killed at its end: what is left draws from the run's states
                 feed.restore_random(self._position)
@@ -97,15 +100,20 @@ class Running(Stateful):
         return self.stop_reason is not None
 
     def _goes_on(self, epochs: int | None, max_steps: int | None) -> bool:
-        in_time = (epochs is None or self.epoch < epochs) and (max_steps is None or self.global_step < max_steps)
-        return in_time and self.stop_reason is None
+        return self._in_time(epochs, max_steps) and self.stop_reason is None
 
-    def _feed_of(self, loader: Any) -> Feed:
+    def _in_time(self, epochs: int | None, max_steps: int | None) -> bool:
+        return (epochs is None or self.epoch < epochs) and (max_steps is None or self.global_step < max_steps)
+
+    def _feed_of(self, loader: Any, epochs: int | None, max_steps: int | None) -> Feed:
         """One feed for a loader, so that a second call goes on in the middle of an epoch."""
         if self._feed is None or self._feed._given is not loader:
             if self._feed is not None and self._feed.begun:  # other data: their first epoch begins here
                 self._position, self._between_epochs = Position(self.epoch), True
-            self._feed = Feed(loader, self.ranks, self._channels_last, self.seed or 0)
+            self._feed = Feed(loader, self.ranks, self._channels_last, self.seed or 0, trains=True)
+        goes_on = self._in_time(epochs, max_steps) or (self._owes_evaluation and self._between_epochs)
+        if not self._feed.resumed:
+            self._feed.resume(self._position, is_over=not goes_on)
         return self._feed
 
     @contextmanager
@@ -124,19 +132,21 @@ class Running(Stateful):
         total = self._total_steps(feed, epochs, max_steps)
         self._rates.begin(self.global_step, total)
         self._reporter.begin(feed, total)
+        description.begin(self, feed, epochs=epochs, max_steps=max_steps, total_steps=total)
         # What is there now is not looked at again: a full collection would take tenths of a second.
         collects, frozen = gc.isenabled(), gc.get_freeze_count()
         gc.freeze()
         gc.disable()
-        failed = False
+        ended_by: BaseException | None = None
         self._active = True
         try:
             with self._signals:
                 yield
-        except Exception:
-            failed = True
+        except BaseException as error:
+            ended_by = error
             raise
         finally:
+            failed = isinstance(ended_by, Exception)
             if not frozen:
                 gc.unfreeze()
             if collects:
@@ -150,15 +160,17 @@ class Running(Stateful):
             feed.close()
             if self._saver.store is not None:
                 self._saver.store.close(failed)  # a save that failed has been warned about
+            description.end(self, ended_by)
+            ended_by = None  # it holds this frame, which would hold it
             self._reporter.end(feed.wait_seconds, failed)
 
     def _total_steps(self, feed: Feed, epochs: int | None, max_steps: int | None) -> int | None:
         """Windows of the whole run, None where nobody knows."""
         totals = [] if max_steps is None else [max_steps]
-        length = feed.full_length()
-        if epochs is not None and length is not None:
-            longest = int(self.ranks.largest(length))
-            totals.append(epochs * math.ceil(longest / self.accumulation_steps))
+        enough = math.inf if max_steps is None else max_steps
+        windows = None if epochs is None else feed.windows_of(epochs, self.accumulation_steps, enough)
+        if windows is not None:
+            totals.append(int(self.ranks.largest(windows)))
         return min(totals, default=None)
 
     # ---- after each window
@@ -248,6 +260,8 @@ class Running(Stateful):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """After an error: save what there is. A run of one process only; of several, the others may be anywhere."""
+        if error is not None:
+            description.end(self, error)
         if error is None or isinstance(error, (SystemExit, GeneratorExit)) or self._feed is None:
             return
         stopped_at_boundary = isinstance(error, KeyboardInterrupt) and self.stop_reason is not None

@@ -8,14 +8,14 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from fastloop._version import __version__
-from fastloop.loop import documents, random_state, state
+from fastloop.loop import documents, own_state, random_state, state
 from fastloop.loop.checkpoint import Store
 from fastloop.loop.data import Position
 from fastloop.loop.manifest import Checkpoint
@@ -156,9 +156,20 @@ def contents(loop: Stateful, position: Position) -> dict[str, Any]:
     return {
         "documents": {"loop": documents.pack(everything, "loop", tensors)},
         "tensors": tensors,
-        "rank_documents": {"data": documents.pack(asdict(position), "data", rank_tensors)},
+        "rank_documents": {"data": documents.pack(_given(position), "data", rank_tensors)},
         "rank_tensors": rank_tensors,
     }
+
+
+def _given(position: Position) -> dict[str, Any]:
+    """Without what is not there; states that are as when the epoch was begun are not written twice: None is there."""
+    start = position.own_start or {}
+    own = {
+        name: None if name in start and own_state.same(state, start[name]) else state
+        for name, state in (position.own or {}).items()
+    }
+    position = replace(position, own=own or None)  # type: ignore[arg-type]
+    return {name: value for name, value in asdict(position).items() if value is not None}
 
 
 def restore(loop: Stateful, checkpoint: Checkpoint) -> Position:
@@ -208,7 +219,11 @@ def _resumable(checkpoint: Checkpoint) -> bool:
 
 def _position(checkpoint: Checkpoint, rank: int) -> Position:
     packed = checkpoint.rank_document("data", rank)
-    return Position(**documents.unpack(packed, checkpoint.rank_tensors(rank)))
+    position = Position(**documents.unpack(packed, checkpoint.rank_tensors(rank)))
+    for name, written in (position.own or {}).items():
+        if written is None:  # as when the epoch was begun
+            position.own[name] = position.own_start[name]  # type: ignore[index]
+    return position
 
 
 def find(loop: Stateful, store: Store, resume: str | bool | os.PathLike[str]) -> Checkpoint | None:

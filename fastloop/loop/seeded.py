@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from fastloop.loop import random_state
+from fastloop.loop.shares import tells_length
 
 MASK = 2**64 - 1
 
@@ -37,6 +38,13 @@ class SeededDataset(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Other draws for the same samples; Loop calls it."""
         self.epoch = epoch
+        told = getattr(self.dataset, "set_epoch", None)
+        if callable(told):
+            told(epoch)
+
+    def length(self, epoch: int) -> int:
+        """Samples of that epoch."""
+        return self.dataset.length(epoch) if tells_length(self.dataset) else len(self)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -44,13 +52,17 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         if get_worker_info() is not None:
             self._seed(index)
-            return self.dataset[index]
+            return self.sample(index)
         kept = random_state.capture()
         try:
             self._seed(index)
-            return self.dataset[index]
+            return self.sample(index)
         finally:
             random_state.restore(kept)
+
+    def sample(self, index: Any) -> Any:
+        """What is returned for the index, drawn from the seeded generators; a subclass may do more than this."""
+        return self.dataset[index]
 
     def _seed(self, index: Any) -> None:
         value = _mixed(_mixed(_mixed(self.seed) ^ self.epoch) ^ int(index))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastloop.loop import saver
+from fastloop.loop import own_state, saver
 from fastloop.loop import strategy as distributed
 from fastloop.loop.checkpoint import Store
 from fastloop.loop.core import Core
@@ -38,6 +38,7 @@ class Stateful(Core):
     stop_reason: str | None
     monitors: dict[str, str]  # mode by metric
     _on: dict[str, list[Any]]  # callbacks by event
+    _callbacks: own_state.Objects  # those with a state
     _active: bool  # windows are being handed out
     _rates: Rates
     _reporter: Reporter
@@ -65,7 +66,10 @@ class Stateful(Core):
             return self._position
         running = self._feed.begun and self._feed._iterator is not None
         if not running and (self._position.now is not None or self._position.skip):
-            return self._position
+            known = self._position.own or {}  # inside of a window not of all: they may have drawn from its data
+            if not known or not self._feed.resumed:  # of another loader's parts
+                return self._position
+            return replace(self._position, own={**known, **_only(known, self._feed.own() or {})})
         if self._between_epochs:
             return self._position_now(self._feed)
         return self._feed.position_of_last_window()
@@ -172,6 +176,7 @@ class Stateful(Core):
             "last_metrics": dict(self._last_metrics),
             "seed": self.seed,
             "parts": self._parts,
+            "callbacks": own_state.capture(self._callbacks),
         }
 
     def _load_progress(self, state: Mapping[str, Any]) -> None:
@@ -188,7 +193,14 @@ class Stateful(Core):
         self._owes_evaluation = state.get("owes_evaluation", False)
         self._last_metrics, self._metrics_at = dict(state["last_metrics"]), state["metrics_at"]
         self._parts = state["parts"]
+        callbacks = state.get("callbacks", {})
+        own_state.warn_of_missing(self._callbacks, callbacks, "callback")
+        own_state.give(self._callbacks, callbacks)
         self.seed = self.seed if self.seed is not None else state["seed"]
+
+
+def _only(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in known}
 
 
 def _is_empty(path: Path) -> bool:

@@ -26,10 +26,10 @@ from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import precision as modes
 from fastloop.loop.data import map_tensors
 from fastloop.loop.random_state import seed_everything
+from fastloop.loop.restore import process_settings
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.tune.loading import WON, bottleneck, first_batches
 from fastloop.tune.losses import Losses, relative_difference
-from fastloop.tune.restore import process_settings
 from fastloop.tune.step import Steps, measure, training
 
 ERROR_WINDOWS = 10

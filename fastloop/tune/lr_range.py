@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from fastloop.loop.loader import generators_of
 from fastloop.loop.loop import Loop
+from fastloop.loop.restore import process_kept, restored
 from fastloop.tune.losses import Losses
-from fastloop.tune.restore import process_kept, restored
 from fastloop.tune.step import Steps
 
 FEWEST_STEPS = 10

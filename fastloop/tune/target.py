@@ -20,7 +20,7 @@ SETTINGS = tuple(LoaderSettings.__dataclass_fields__)  # of a loader
 OF_A_RUN = (  # options of Loop that a trial leaves out: they say where a run goes, not how fast
     "run_dir", "resume", "save_every_steps", "save_every_minutes", "save_every_epochs", "keep_last", "keep_best",
     "keep_log_spaced", "best", "patience", "strategy", "auto_microbatch", "loggers", "log_every", "progress",
-    "callbacks", "config", "curves", "mode", "monitor",
+    "callbacks", "check", "config", "curves", "mode", "monitor",
     "system_every_seconds",
 )  # fmt: skip
 MOST_SOURCES = 2000  # files, and folders to look into

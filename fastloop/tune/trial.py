@@ -72,6 +72,7 @@ def run(
     folders: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     on_note: OnNote | None = None,
+    renew: bool = True,
 ) -> Outcome:
     """Call `function(**arguments)` in a fresh process and say how it ended. Nothing of it is left running.
 
@@ -81,7 +82,8 @@ def run(
         memory_limit: bytes of host memory of all its processes together; None for no limit.
         folders: go before all others on its import path.
         environment: variables on top of this process's.
-        on_note: called with each `child.note` and the peak of memory since the last; then the timeout begins anew.
+        on_note: called with each `child.note` and the peak of memory since the last. What it raises ends the trial.
+        renew: the timeout begins anew with each note.
     """
     mark, start = uuid.uuid4().hex, monotonic()
     request = {
@@ -90,7 +92,7 @@ def run(
         "folders": list(folders),
         "parent": os.getpid(),
         "deadline": start + timeout,  # of a clock that all processes share
-        "allowed": None if on_note is None else timeout,
+        "allowed": timeout if on_note is not None and renew else None,
     }
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answer, _appended() as output:
         asked.write(json.dumps(request).encode())
@@ -104,7 +106,7 @@ def run(
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": _import_path(), **(environment or {}), MARK: mark},
         )
-        watch = Watch(process, start + timeout, memory_limit, output, answer, on_note)
+        watch = Watch(process, start + timeout, memory_limit, output, answer, on_note, renew)
         try:
             ended_by_us = watch.until_it_ends()
         finally:

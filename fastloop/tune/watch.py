@@ -41,7 +41,8 @@ class Watch:
         limit: bytes of memory; None for none.
         output: what it prints, cut where it gets too long.
         answer: what it answers; `on_note` gets each note when it is there and the peak of memory since the last
-            one, and the time until the deadline begins anew.
+            one.
+        renew: the time until the deadline begins anew with each note.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Watch:
         output: IO[bytes],
         answer: IO[bytes],
         on_note: OnNote | None = None,
+        renew: bool = True,
     ) -> None:
         self.process, self.deadline, self.limit, self.output = process, deadline, limit, output
         self.answer, self.on_note = answer, on_note
         self.peak: int | None = None
-        self._allowed = deadline - monotonic()
+        self._allowed = deadline - monotonic() if renew else None
         self._exact_at = 0.0
         self._read = 0
 
@@ -104,7 +106,9 @@ class Watch:
             note = json.loads(line).get("note")
             if note is not None:
                 self.on_note(note, self.peak)
-                self.peak, self.deadline = None, monotonic() + self._allowed
+                self.peak = None
+                if self._allowed is not None:
+                    self.deadline = monotonic() + self._allowed
 
     def _look_at_memory(self, now: float) -> None:
         """Pages that several processes share count once; the sum of what each has is at least that, and cheap."""

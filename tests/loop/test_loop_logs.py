@@ -342,7 +342,7 @@ def test_errors_of_a_logger() -> None:
 
 
 def test_wrong_loggers() -> None:
-    with pytest.raises(ValueError, match=r"one of 'jsonl', 'csv', 'tensorboard', 'wandb', got 'json'"):
+    with pytest.raises(ValueError, match=r"one of 'jsonl', 'csv', 'tensorboard', 'wandb', 'mlflow', got 'json'"):
         make_loggers(["json"])
     with pytest.raises(ValueError, match=r"got 'csv' twice"):
         make_loggers(["csv", "jsonl", "csv"])
@@ -392,7 +392,7 @@ class FakeRun:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     """Stands in for the service: what `init` was given, and its run."""
-    module = types.SimpleNamespace(given=[], run=FakeRun())
+    module = types.SimpleNamespace(Error=RuntimeError, given=[], run=FakeRun())
 
     def init(**settings: Any) -> FakeRun:
         module.given.append(settings)
@@ -415,10 +415,12 @@ def test_wandb_keeps_its_id_over_a_resume(tmp_path: Path, wandb: types.SimpleNam
     assert wandb.run.calls[:4] == [("step", None), ("*", "step"), {"step": 1, "loss": 2.0}, "finish"]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "extra"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "tracking")]
+)
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match=rf"pip install 'fastloop\[{name}\]'"):
+    with pytest.raises(MissingExtra, match=rf"pip install 'fastloop\[{extra}\]'"):
         make_loggers([name]).open(tmp_path, None)
 
 

@@ -364,7 +364,10 @@ SCHEDULES = {
         opt, [lr.LinearLR(opt, 0.1, total_iters=3), lr.LambdaLR(opt, lambda s: 0.9**s)], milestones=[3]
     ),
     "ChainedScheduler": lambda opt: lr.ChainedScheduler([lr.ConstantLR(opt, 0.1, 4), lr.ExponentialLR(opt, 0.9)]),
-    "plateau": lambda opt: lr.ReduceLROnPlateau(opt, patience=0, threshold=0.5, factor=0.5),
+    "OneCycleLR with momentum": lambda opt: lr.OneCycleLR(opt, 0.1, total_steps=STEPS + 1, cycle_momentum=True),
+    "CyclicLR with momentum": lambda opt: lr.CyclicLR(opt, 0.01, 0.1, step_size_up=3, cycle_momentum=True),
+    "ReduceLROnPlateau": lambda opt: lr.ReduceLROnPlateau(opt, patience=0, threshold=0.5, factor=0.5),
+    "plateau": lambda opt: {"name": "plateau", "factor": 0.5, "patience": 0, "threshold": 0.5, "cooldown": 1},
 }
 
 
@@ -388,7 +391,7 @@ def test_optimizers(name, tmp_path):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name, tmp_path):
-    every = {"evaluate_every_steps": 3} if name == "plateau" else {}
+    every = {"evaluate_every_steps": 3} if "lateau" in name else {}
     recipe = Recipe(schedule=SCHEDULES[name], fit={"epochs": EPOCHS, **every}, stride=3)
     check_resume_everywhere(recipe, tmp_path)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import fastloop
+from fastloop.loop.restore import restored
 from fastloop.tune.lr import curve, lr
 from fastloop.tune.lr_range import LRRange, lr_range_test, summary
-from fastloop.tune.restore import restored
 
 
 @pytest.fixture(autouse=True)

@@ -29,22 +29,27 @@ from fastloop.optim.base import FusedOptimizer
 
 @contextmanager
 def restored(
-    modules: Iterable[nn.Module], optimizer: Optimizer, generators: Sequence[torch.Generator] = ()
+    modules: Iterable[nn.Module],
+    optimizer: Optimizer | None = None,
+    generators: Sequence[torch.Generator] = (),
+    others: Sequence[Optimizer | Tensor] = (),
 ) -> Iterator[None]:
     """What is trained inside is as before afterwards, also after an error or Ctrl-C; gradients are None meanwhile.
 
     Args:
         modules: with all that is in them.
-        optimizer: of its parameters, also those of no module.
+        optimizer: of its parameters, also those of no module; None where nothing is stepped.
         generators: put back beside Python's, NumPy's and torch's own.
+        others: optimizers and tensors beside these.
 
     Raises:
         ValueError: parameters that have no values yet.
     """
     interrupts = _Interrupts()
-    _forget_addresses(optimizer)
+    optimizers = [each for each in (optimizer, *others) if isinstance(each, Optimizer)]
+    _forget_addresses(optimizers)
     random_states = random_state.capture(generators)
-    snapshot = _Snapshot([each for module in modules for each in module.modules()], optimizer)
+    snapshot = _Snapshot([each for module in modules for each in module.modules()], [*optimizers, *others])
     with interrupts:
         try:
             snapshot.clear_gradients()
@@ -53,14 +58,15 @@ def restored(
             try:
                 interrupts.hold()
             finally:
-                _forget_addresses(optimizer)
+                _forget_addresses(optimizers)
                 snapshot.restore()
                 random_state.restore(random_states, generators)
 
 
-def _forget_addresses(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, FusedOptimizer):
-        optimizer._forget_plan()
+def _forget_addresses(optimizers: Iterable[Optimizer]) -> None:
+    for optimizer in optimizers:
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer._forget_plan()
 
 
 class _Interrupts:
@@ -105,12 +111,13 @@ class _Kept:
 
 
 class _Snapshot:
-    def __init__(self, modules: Iterable[nn.Module], optimizer: Optimizer) -> None:
+    def __init__(self, modules: Iterable[nn.Module], others: Iterable[Optimizer | Tensor]) -> None:
         self._containers: list[tuple[Any, Any]] = []  # and a copy of what they hold
         self._tensors: dict[int, _Kept] = {}
         self._storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._sparse: list[tuple[Tensor, Tensor]] = []
-        waiting: list[Any] = [module.__dict__ for module in modules] + [optimizer.__dict__]
+        waiting: list[Any] = [module.__dict__ for module in modules]
+        waiting += [each.__dict__ if isinstance(each, Optimizer) else each for each in others]
         seen: set[int] = set()
         while waiting:
             each = waiting.pop()
@@ -130,7 +137,7 @@ class _Snapshot:
 
     def _keep(self, tensor: Tensor) -> None:
         if is_lazy(tensor):
-            raise ValueError("[tune] the model has parameters without values; call it once with a batch first")
+            raise ValueError("[Loop] the model has parameters without values; call it once with a batch first")
         if not tensor.is_leaf:  # computed from others; the reference to it comes back
             return
         data = tensor.detach()
