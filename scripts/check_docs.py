@@ -16,9 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+PAGES_THAT_RUN = ["loop", "checkpoints", "debugging", "deploying", "distributed", "fine-tuning", "tuning"]
 EXECUTED = {
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("loop.md", "checkpoints.md", "distributed.md", "tuning.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in PAGES_THAT_RUN),
     *ROOT.glob("docs/from-*.md"),
 }
 

@@ -8,8 +8,12 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy
+from torch import Tensor
 
 FILE = "practices.jsonl"
 
@@ -20,15 +24,14 @@ def record(run_dir: str | os.PathLike[str], practice: str, details: Mapping[str,
     Args:
         run_dir: of the run; made if it is not there.
         practice: name of the function that did it, as "overfit_one_batch".
-        details: of JSON; what a reader of the checklist wants to see. Numbers that are not finite become null.
+        details: what a reader of the checklist wants to see; written as `plain` makes it.
 
     Raises:
-        TypeError: details that are no JSON.
         OSError: the file cannot be written.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), "practice": practice, "details": _finite(dict(details or {}))})
+    line = json.dumps({"time": time.time(), "practice": practice, "details": plain(details or {})})
     descriptor = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(descriptor, line.encode() + b"\n")
@@ -54,11 +57,25 @@ def recorded(run_dir: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value in what JSON has: tensors and arrays as lists, tuples too, non-finite numbers null, paths as text."""
+    if isinstance(value, (Tensor, numpy.ndarray, numpy.generic)):
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return value
+        return [plain(each) for each in value]
+    if hasattr(value, "to_json"):
+        return plain(value.to_json())
+    if is_dataclass(value) and not isinstance(value, type):
+        return fields_of(value)
+    return str(value)
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """Of a dataclass, those with `repr`, by name, as `plain` gives them."""
+    return {each.name: plain(getattr(value, each.name)) for each in fields(value) if each.repr}
