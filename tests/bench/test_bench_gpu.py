@@ -38,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> gpu.Bench:
     monkeypatch.setattr(measure, "calibrate", lambda side, sampler=None: 1)
     clock = partial(gpu.host_clock, wait=lambda: None)
     names = ("reference", "reference")
-    return gpu.Bench(torch.device("cpu"), TINY, seconds=1.0, pairs=(5,), backends=names, clocks=(clock, clock))
+    return gpu.Bench(torch.device("cpu"), TINY, seconds=60.0, pairs=(5,), backends=names, clocks=(clock, clock))
 
 
 def ceiling() -> dict[str, gpu_device.Ceiling]:

@@ -463,11 +463,14 @@ def test_graphs_left_out_of_the_paired_run_are_told(on: Any) -> None:
 
 @pytest.mark.slow
 def test_a_size_under_the_limit_is_found_and_running_out_costs_nothing(monkeypatch: Any, tmp_path: Any) -> None:
-    """34 samples take 200 MiB, 17 take 100; there are 150 beside what a process with one sample takes."""
+    """34 samples take about 560 MiB, 17 take 280; there are 450 beside what a process with one sample takes.
+
+    What a process has beside its tensors differs by some 50 MiB from one to the next.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     one = trial.run("tune_sizes:peak_of_one", {}, timeout=60.0, memory_limit=None, folders=[str(Path(__file__).parent)])
-    limit = one.result + 150 * MIB
+    limit = one.result + 450 * MIB
     report = batch("tune_sizes:hungry", arguments={"batch_size": 34}, budget=60.0, effective_batch=34, margin=0.01,
                    memory_limit=limit, fresh=True)  # fmt: skip
     assert report.present.status == "out of memory"
