@@ -7,7 +7,7 @@ Counted from the allocator's events, not from the process's size: the same on ev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +30,13 @@ class Memory:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested dicts, lists and tuples."""
+    """The tensors of nested tuples, lists and mappings, in their order; anything else is passed over."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for each in value.values():
             yield from tensors_in(each)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, Sequence) and not isinstance(value, str):
         for each in value:
             yield from tensors_in(each)
 

@@ -167,9 +167,14 @@ def described(loop: Running, feed: Feed, length: Mapping[str, int | None]) -> di
     }  # fmt: skip
 
 
+def kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of Loop without the objects that a description has a part for, and without the loop itself."""
+    return {name: value for name, value in arguments.items() if name not in APART}
+
+
 def options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Loop as JSON, without the objects that a description has a part for."""
-    return {name: _option(value) for name, value in arguments.items() if name not in APART}
+    """What `kept` has left, as JSON: made when somebody is to read it."""
+    return {name: _option(value) for name, value in arguments.items()}
 
 
 def _option(value: Any) -> Any:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastloop.loop import config as config_file
+from fastloop.loop import description, graphs, images, options, own_state, random_state, saver
 from fastloop.loop import evaluate as evaluation
-from fastloop.loop import graphs, images, options, own_state, random_state, saver
 from fastloop.loop import precision as modes
 from fastloop.loop import strategy as distributed
 from fastloop.loop.checkpoint import Store
@@ -130,7 +130,7 @@ class Loop(Fitting):
         check: bool = False,
     ) -> None:
         callbacks = tuple(callbacks)
-        self._options = dict(locals())  # described where somebody reads it: see description.begin
+        self._options = description.kept(locals())
         options.objects(model, optimizer, loss_fn)
         options.positive("accumulation_steps", accumulation_steps)
         options.positive("log_every", log_every)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastloop.bench import stats
 from fastloop.bench.measure import measure_pairs
+from fastloop.bench.memory import tensors_in
 from fastloop.loop.data import map_tensors
 
 PAIRS = 10  # of a latency ratio: 98 % of the interval is then about as wide as the second largest ratio
@@ -56,18 +57,6 @@ class Arguments:
     def call(self, model: Callable[..., Any]) -> Any:
         """model(*args, **kwargs)."""
         return model(*self.args, **self.kwargs)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples, lists and dicts, in their order; anything else is passed over."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for each in value:
-            yield from tensors_in(each)
 
 
 def batch_of(given: Arguments) -> int | None:
