@@ -91,3 +91,9 @@ def _reproducible() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For small layers: two threads that wait for each other would take most of the time."""
+    torch.set_num_threads(1)

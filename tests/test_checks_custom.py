@@ -22,9 +22,7 @@ CE = nn.CrossEntropyLoss()
 X, Y = torch.randn(128, 8, generator=torch.Generator().manual_seed(1)), torch.arange(128) % 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loaders(x: Any = X, y: Any = Y, **options: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:

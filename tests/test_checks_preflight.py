@@ -20,9 +20,7 @@ from fastloop.checks import CheckFailed, Finding, check_layer_order, check_norma
 CE = nn.CrossEntropyLoss()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loaders(x: Tensor, y: Tensor, **options: Any) -> tuple[DataLoader[Any], DataLoader[Any]]:

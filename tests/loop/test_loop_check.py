@@ -24,9 +24,7 @@ X, Y = torch.randn(70, 8, generator=torch.Generator().manual_seed(2)), torch.ara
 CE = nn.CrossEntropyLoss()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Augmented(Dataset):

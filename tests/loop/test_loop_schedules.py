@@ -31,13 +31,9 @@ VALUES = [5.0, 4.0, 4.0, 4.0, 3.0, 3.5, 3.0, 3.0, 2.9999, 2.0, 2.0, 2.0, 2.0]  #
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
+def _no_waiting(monkeypatch, one_thread):
     """Many short runs: no waiting for the disk, which loses no power here, nor of two threads for each other."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def grouped(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,8 @@ STAGES = ["none", "weak", "medium", "strong"]
 
 
 @pytest.fixture(autouse=True)
-def torchvision() -> Iterator[None]:
+def torchvision(one_thread: None) -> None:
     vision()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def picture(size: int = 16) -> Tensor:

@@ -7,7 +7,6 @@ import functools
 import operator
 import tracemalloc
 from collections import Counter, namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,7 @@ from fastloop.recipes.data import labels_of, split, synthetic_data
 from fastloop.recipes.evidence import recorded
 from fastloop.recipes.start import baselines, overfit_one_batch
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(n: int) -> TensorDataset:

@@ -23,9 +23,7 @@ CE = nn.CrossEntropyLoss()
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mlp(*last: nn.Module, outputs: int = 3) -> nn.Sequential:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,9 @@ from fastloop.recipes.export.quiet import quiet
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _few_pairs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """A latency of 2 pairs is enough to see that there is one."""
     monkeypatch.setattr("fastloop.recipes.export.comparing.PAIRS", 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def lived(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,9 @@ ALL = ("program", "onnx", "torchscript")
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _few_pairs(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """A latency of 2 pairs is enough to see that there is one."""
     monkeypatch.setattr("fastloop.recipes.export.comparing.PAIRS", 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def network() -> nn.Sequential:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,12 +19,7 @@ EPOCHS = {0: ["head"], 1: ["layer2"], 3: ["*"]}
 OPTIMIZERS = {"fastloop": fastloop.AdamW, "torch": torch.optim.AdamW}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small are no faster with more
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

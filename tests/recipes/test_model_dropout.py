@@ -14,14 +14,7 @@ from torch import nn
 from fastloop.recipes.model import dropout_search, progressive_dropout, search_dropout
 from fastloop.recipes.model.dropout_search import RateScore
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_rates_rise_in_even_steps_and_channels_get_a_fifth() -> None:

@@ -20,13 +20,7 @@ from fastloop.recipes.model import check_initial_gradients, dead_relus, model_su
 IMAGES, CLASSES = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Sequential:

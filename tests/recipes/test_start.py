@@ -27,13 +27,7 @@ from fastloop.recipes.start import baselines, overfit_one_batch
 FEATURES, CLASSES = 20, 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def classifier() -> nn.Sequential:

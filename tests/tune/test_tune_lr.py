@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,7 @@ from fastloop.loop.restore import restored
 from fastloop.tune.lr import curve, lr
 from fastloop.tune.lr_range import LRRange, lr_range_test, summary
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- what is compared
