@@ -28,9 +28,9 @@ from fastloop.loop.data import map_tensors
 from fastloop.loop.random_state import seed_everything
 from fastloop.loop.restore import process_settings
 from fastloop.loop.strategy import repeated_blocks
-from fastloop.tune.loading import WON, bottleneck, first_batches
+from fastloop.tune.loading import WON, bottleneck
 from fastloop.tune.losses import Losses, relative_difference
-from fastloop.tune.step import Steps, measure, training
+from fastloop.tune.step import Steps, first_batches, measure, training
 
 ERROR_WINDOWS = 10
 SEED = 0

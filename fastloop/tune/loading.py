@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from time import monotonic, perf_counter
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from fastloop.bench import measure as paired
 from fastloop.bench.stats import Interval, median_interval
@@ -113,25 +110,6 @@ def two_alone(
     switch = _Switch()
     loaders = (_waiting(with_settings(given, before), wait), _waiting(with_settings(given, after), wait))
     return _in_turn(Pulls(switch), switch, loaders, seconds)  # type: ignore[arg-type]
-
-
-def first_batches(loader: Any, count: int, seconds: float = math.inf) -> list[Any]:
-    """The loader's first ones, loaded in this process; fewer where it has fewer, or takes longer than that.
-
-    Raises:
-        ValueError: it gives none.
-    """
-    if isinstance(loader, DataLoader) and loader.num_workers > 0:
-        loader = with_settings(loader, {"num_workers": 0})
-    batches: list[Any] = []
-    start = perf_counter()
-    for batch in islice(iter(loader), count):
-        batches.append(batch)
-        if perf_counter() - start > seconds:
-            break
-    if not batches:
-        raise ValueError("[tune] the target's train_loader gave no batch; it must give at least one")
-    return batches
 
 
 def _waiting(loader: Any, seconds: float | None) -> Any:

@@ -16,12 +16,11 @@ from fastloop.loop.random_state import seed_everything
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.optim.base import FusedOptimizer
 from fastloop.tune import child, parts
-from fastloop.tune.loading import first_batches
 from fastloop.tune.longest import Looked, look
 from fastloop.tune.losses import Losses
 from fastloop.tune.peaks import nvml_bytes, peak
 from fastloop.tune.phases import Marks, Phases, phases_of
-from fastloop.tune.step import Steps, measure, settings_of, training
+from fastloop.tune.step import Steps, first_batches, measure, settings_of, training
 
 SEED = 0
 LOSS_WINDOWS = 5  # whose losses are compared

@@ -12,6 +12,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from time import perf_counter
 from typing import Any
@@ -23,8 +24,9 @@ from fastloop.bench.measure import MARGIN, SAMPLE_SECONDS
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import Loop
 from fastloop.loop.config import Training, build, read
-from fastloop.loop.data import map_tensors, samples_in
+from fastloop.loop.data import samples_in
 from fastloop.loop.loader import rebuilt, with_settings
+from fastloop.loop.probe import moved
 from fastloop.tune.target import OF_A_RUN, SETTINGS, Target
 
 ENDLESS = 2**60  # windows of a run that is left when enough is measured
@@ -83,17 +85,28 @@ class Again:
 
 
 def first_batch(loader: Any, device: torch.device | None = None) -> Any:
-    """The loader's first batch, on the device; loaded in this process.
+    """The first of `first_batches`, on the device."""
+    batch = first_batches(loader, 1)[0]
+    return batch if device is None else moved(batch, device)
+
+
+def first_batches(loader: Any, count: int, seconds: float = math.inf) -> list[Any]:
+    """The loader's first ones, loaded in this process; fewer where it has fewer, or takes longer than that.
 
     Raises:
         ValueError: it gives none.
     """
     if isinstance(loader, DataLoader) and loader.num_workers > 0:
         loader = with_settings(loader, {"num_workers": 0})
-    batch = next(iter(loader), _END)
-    if batch is _END:
+    batches: list[Any] = []
+    start = perf_counter()
+    for batch in islice(iter(loader), count):
+        batches.append(batch)
+        if perf_counter() - start > seconds:
+            break
+    if not batches:
         raise ValueError("[tune] the target's train_loader gave no batch; it must give at least one")
-    return batch if device is None else map_tensors(batch, lambda tensor: tensor.to(device))
+    return batches
 
 
 class Stream:
