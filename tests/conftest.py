@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from interpreter import replace_the_language_once_a_launch
@@ -87,6 +89,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _reproducible() -> Iterator[None]:
     """The same random numbers for every test, whatever ran before; torch's global settings restored."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    random.seed(0)
+    np.random.seed(0)  # what is under test may draw from it
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

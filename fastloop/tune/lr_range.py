@@ -28,6 +28,7 @@ from fastloop.tune.losses import Losses
 from fastloop.tune.step import Steps
 
 FEWEST_STEPS = 10
+FEWEST_JUDGED = FEWEST_STEPS  # losses before one counts as diverged, as long as it is finite
 DIVERGED = 4.0  # times the best smoothed loss
 SURE_FALL = 4.0  # standard deviations of the smoothed loss: the deepest of 100 that only vary lies 2.5 deep
 SMALLEST_FALL = 1e-3  # of the first loss
@@ -53,8 +54,8 @@ class LRRange:
         learning_rates: of each step; losses: of its batches, before the update; smoothed: their moving average.
         steepest: where the loss falls fastest; tenth_of_minimum: a tenth of the rate at the lowest smoothed loss.
         suggestion: the smaller of the two; None where the curve does not say, `note` says why.
-        diverged_at: the rate at which the smoothed loss was above 4 times its lowest, or no longer finite; None if it
-            never was.
+        diverged_at: the rate at which the loss was no longer finite, or above 4 times the lowest smoothed one, twice
+            in turn and by more than it varies from batch to batch; None if it never was.
         note: a sentence about the suggestion, or why there is none.
     """
 
@@ -103,7 +104,7 @@ def lr_range_test(
     Args:
         model, optimizer, loss_fn, train_loader: as for `Loop` and `Loop.fit`; the loader is begun anew at its end.
         low, high: the first rate and the last.
-        steps: at least 10; it ends sooner where the loss is 4 times the best or not finite.
+        steps: at least 10; it ends sooner where the loss diverges (`LRRange.diverged_at`).
         options: of `Loop`: precision, accumulation_steps, max_grad_norm, compile, device, ...
         on_step: called with each step's number, rate and loss.
 
@@ -216,8 +217,14 @@ class Average:
         self.beta = 1.0 - 1.0 / max(steps / 20, 2.0)
         self._sum = 0.0
         self._weight = 0.0
+        self._losses: list[float] = []
         self._best = math.inf
         self._first = math.nan
+
+    def deviation(self, count: int) -> float:
+        """The standard deviation of the average of `count` losses, in that of one loss."""
+        faded = self.beta**count
+        return math.sqrt((1 - self.beta) / (1 + self.beta) * (1 + faded) / (1 - faded))
 
     def update(self, loss: float) -> float:
         """The average with one more loss."""
@@ -226,14 +233,19 @@ class Average:
         return self._sum / self._weight
 
     def diverged(self, loss: float) -> bool:
-        """Whether the average is 4 times its lowest with this loss; below 0, as far above it as 4 times the fall."""
+        """Whether this loss, the one before and the average are above 4 times the lowest average, and not by chance.
+
+        Below 0, it is as far above the lowest as 4 times the fall.
+        """
         value = self.update(loss)
-        if math.isnan(self._first):
+        if not self._losses:
             self._first = value
+        self._losses.append(loss)
         self._best = best = min(self._best, value)
-        if best > 0:
-            return value > DIVERGED * best
-        return value > best + DIVERGED * max(self._first - best, -best)
+        limit = DIVERGED * best if best > 0 else best + DIVERGED * max(self._first - best, -best)
+        if len(self._losses) < FEWEST_JUDGED or min(value, *self._losses[-2:]) <= limit:
+            return False
+        return value - best > SURE_FALL * _noise(self._losses)
 
 
 def summary(rates: list[float], losses: list[float], diverged_at: float | None, steps: int | None = None) -> LRRange:
@@ -256,17 +268,16 @@ def summary(rates: list[float], losses: list[float], diverged_at: float | None, 
             "with a lower rate (low)"
         )
     few = max(3, len(losses) // 10)
-    start, lowest = sum(losses[:few]) / few, min(smoothed)
-    # Half of the successive differences are below 0.6745 * sqrt(2) deviations: a fall of some steps does not count in.
-    noise = float(np.median(np.abs(np.diff(losses)))) / (0.6745 * math.sqrt(2))
-    spread = noise * math.sqrt((1 - average.beta) / (1 + average.beta))
-    if not start - lowest > max(SURE_FALL * spread, SMALLEST_FALL * abs(start)):
+    start = sum(losses[:few]) / few
+    noise = _noise(losses)
+    surely = [value + SURE_FALL * noise * average.deviation(i + 1) for i, value in enumerate(smoothed)]
+    bottom = surely.index(min(surely))
+    if not start > max(surely[bottom], smoothed[bottom] + SMALLEST_FALL * abs(start)):
         return result(
             f"no suggestion: the loss never fell by more than it varies from batch to batch ({start:.4g} at first, "
-            f"{lowest:.4g} at best); take more steps, larger batches or accumulation, or look for what keeps it from "
-            "learning"
+            f"{smoothed[bottom]:.4g} at best); take more steps, larger batches or accumulation, or look for what keeps "
+            "it from learning"
         )
-    bottom = smoothed.index(lowest)
     if bottom < few:
         return result("no suggestion: the loss was lowest at the first rates and rose; begin with a lower one (low)")
     steepest = rates[_steepest(losses, bottom)]
@@ -275,6 +286,14 @@ def summary(rates: list[float], losses: list[float], diverged_at: float | None, 
     if bottom >= len(losses) - 2 and diverged_at is None:
         note += "; the loss was still falling at the last rate: a higher one (high) may be better"
     return result(note, steepest, tenth, min(steepest, tenth))
+
+
+def _noise(losses: list[float]) -> float:
+    """The standard deviation from batch to batch.
+
+    Half of the successive differences are below 0.6745 * sqrt(2) deviations: a fall of some steps does not count in.
+    """
+    return float(np.median(np.abs(np.diff(losses)))) / (0.6745 * math.sqrt(2))
 
 
 def _steepest(losses: list[float], bottom: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastloop
 from fastloop.loop.restore import restored
 from fastloop.tune.lr import curve, lr
-from fastloop.tune.lr_range import LRRange, lr_range_test, summary
+from fastloop.tune.lr_range import Average, LRRange, lr_range_test, summary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -349,6 +349,29 @@ def test_no_suggestion_where_the_loss_never_falls(noise: float, seed: int) -> No
     assert found.steepest is None
     assert found.tenth_of_minimum is None
     assert found.note.startswith("no suggestion: the loss never fell")
+
+
+def ended_at(losses: list[float]) -> int | None:
+    average = Average(len(losses))
+    return next((i for i, loss in enumerate(losses) if average.diverged(loss)), None)
+
+
+def test_what_varies_from_batch_to_batch_does_not_end_it() -> None:
+    """Mean squares of 16 draws: the first may well be a fourth of the next, or one of them a wild one."""
+    draws = (np.random.default_rng(3).normal(size=(100, 16)) ** 2).mean(1).tolist()
+    assert ended_at([0.8, 6.1, *(4.3 * draw for draw in draws[2:])]) is None
+    assert ended_at([*draws[:50], 40.0, *draws[51:]]) is None
+    assert ended_at([*draws[:50], 40.0, 80.0, *draws[52:]]) == 51
+    assert ended_at([1.5**i for i in range(100)]) == 9
+
+
+def test_a_low_first_batch_is_not_the_lowest_of_the_curve() -> None:
+    draws = (np.random.default_rng(3).normal(size=(100, 16)) ** 2).mean(1)
+    falling = [2.0 - math.tanh(2 * (math.log10(rate) + 3)) + (rate > 0.1) * 3 for rate in rates()]
+    losses = [0.3, *(float(draw) * loss for draw, loss in zip(draws[1:], falling[1:], strict=True))]
+    found = summary(rates(), losses, None)
+    assert found.suggestion is not None
+    assert 1e-4 < found.suggestion < 1e-1
 
 
 def test_no_suggestion_for_a_rising_or_a_short_curve() -> None:
