@@ -195,6 +195,7 @@ class Loop(Fitting):
         self.model = self._prepared(model, compile, activation_checkpointing)
         self.autocast = modes.autocast(self.precision, self.device)
         update = updater(optimizer, modes.scaler(self.precision, self.device), max_grad_norm, max_grad_value)
+        self._trained = distributed.trained(self.model)
         self._start_core(update, distributed.gradient_sync(self.model) if self.ranks.size > 1 else None)
         self._keep_batches = self.run_dir is not None and nonfinite != "skip"
         self._rates = Rates(optimizer, schedule, next(iter(self.monitors.values())))
@@ -256,6 +257,28 @@ class Loop(Fitting):
             ConfigError: a key that nobody takes or a value that does not fit; it names file, line and key.
         """
         return config_file.build(cls, config_file.read(given), model, optimizer, loss_fn, **options).loop
+
+    def requires_grad_changed(self) -> None:
+        """Take up that parameters were frozen or unfrozen since the loop was made.
+
+        It is called on each rank, between windows. Under DDP the model is wrapped anew, for what is trained now, and
+        `loop.model` is another object; gradients are dropped, communication hooks stay. Where nothing changed, and
+        without DDP, nothing is done.
+
+        Raises:
+            RuntimeError: `cuda_graph=True`, or a DistributedDataParallel that the caller made.
+        """
+        now = distributed.trained(self.model)
+        if now == self._trained:
+            return
+        if self._graphs is not None:
+            raise RuntimeError(
+                "[Loop] cuda_graph=True replays the backward of what was trained when it was captured; leave it out to "
+                "freeze or unfreeze parameters during the run"
+            )
+        self.model = distributed.spread_anew(self.model, self.ranks)
+        self._trained = now
+        self._sync_gradients = distributed.gradient_sync(self.model) if self.ranks.size > 1 else None
 
     def log_image(self, name: str, image: Any) -> None:
         """Write a picture to `run_dir/images/NAME-STEP.png`, and hand it to each logger that takes pictures.

@@ -150,29 +150,57 @@ def spread(strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimi
         return model
     if strategy == "ddp" and ranks.size > 1:
         _check_owned(strategy, model, optimizer)
-        on_gpu = ranks.device.type == "cuda"
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[ranks.device] if on_gpu else None,
-            gradient_as_bucket_view=True,
-        )
-        model.register_forward_pre_hook(_refuse_calls_past(wrapped))
-        return wrapped
+        model.register_forward_pre_hook(_refuse_calls_past_ddp)
+        return _in_ddp(model, ranks)
     if strategy == "fsdp2" and not _is_sharded(model):
         _shard(model, optimizer, ranks)
     return model
 
 
-def _refuse_calls_past(wrapped: DistributedDataParallel) -> Callable[..., None]:
-    def check(module: nn.Module, args: Any) -> None:
-        del args
-        if module.training and torch.is_grad_enabled() and DistributedDataParallel._active_ddp_module is not wrapped:
-            raise RuntimeError(
-                "[Loop] the model was called past loop.model: its gradients would not be averaged over the ranks, "
-                "whose weights would drift apart; call loop.model(...)"
-            )
+def _in_ddp(model: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+    on_gpu = ranks.device.type == "cuda"
+    return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, gradient_as_bucket_view=True)
 
-    return check
+
+def _refuse_calls_past_ddp(module: nn.Module, args: Any) -> None:
+    del args
+    active = DistributedDataParallel._active_ddp_module
+    if module.training and torch.is_grad_enabled() and (active is None or active.module is not module):
+        raise RuntimeError(
+            "[Loop] the model was called past loop.model: its gradients would not be averaged over the ranks, "
+            "whose weights would drift apart; call loop.model(...)"
+        )
+
+
+def trained(model: nn.Module) -> list[bool]:
+    """Of each parameter, whether it is trained now."""
+    return [p.requires_grad for p in model.parameters()]
+
+
+def spread_anew(called: nn.Module, ranks: Ranks) -> nn.Module:
+    """The module to call from now on, after parameters were frozen or unfrozen: DDP's buckets are for what is trained.
+
+    FSDP2 looks at each parameter again in every forward.
+
+    Raises:
+        RuntimeError: a DDP that the loop did not make, whose settings it does not know; nothing left to train.
+    """
+    if not isinstance(called, DistributedDataParallel):
+        return called
+    model = called.module
+    if _refuse_calls_past_ddp not in model._forward_pre_hooks.values():
+        raise RuntimeError(
+            "[Loop] a DistributedDataParallel is built for the parameters that are trained when it is made, and this "
+            'one was made by the caller; give Loop the model itself and strategy="ddp"'
+        )
+    hooks = called._comm_hooks
+    for p in model.parameters():
+        p.grad = None  # a view of the old buckets
+    del called.reducer, called.logger  # its hooks at the parameters go with the last reference
+    made = _in_ddp(model, ranks)
+    for hook, state in hooks:
+        made.register_comm_hook(state, hook)
+    return made
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -22,7 +22,8 @@ class GradualUnfreezing:
 
     What is trained depends on the epoch alone, so a run that is resumed goes on exactly, and what was frozen by hand
     before is as the schedule says. The optimizer has all parameters from the start: those that are frozen have no
-    gradient, and so no update, no weight decay and no state; their step counts begin when they are unfrozen.
+    gradient, and so no update, no weight decay and no state; their step counts begin when they are unfrozen. Under DDP
+    `loop.model` is wrapped anew when the schedule changes what is trained.
 
     Args:
         schedule: patterns as of `freeze`, by epoch from 0, which it needs.
@@ -31,7 +32,8 @@ class GradualUnfreezing:
     Raises:
         ValueError: an epoch that is none, no epoch 0, or no pattern. At the start of `fit`: a pattern that matches
             nothing, or a parameter that the optimizer does not have.
-        RuntimeError: at the start of `fit`: a strategy or a CUDA graph, whose parts are built for what is trained then.
+        RuntimeError: in `fit`: a CUDA graph, or a DistributedDataParallel that the caller made: they are built for what
+            was trained before.
 
     Source: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", 2018.
     """
@@ -63,18 +65,14 @@ class GradualUnfreezing:
         """Check, and freeze what is not trained yet at the epoch where the run is."""
         self._check(loop)
         self.apply(loop.model, loop.epoch)
+        loop.requires_grad_changed()
 
     def on_epoch_end(self, loop: Any) -> None:
         """Unfreeze what is trained from the next epoch on."""
         self.apply(loop.model, loop.epoch)
+        loop.requires_grad_changed()
 
     def _check(self, loop: Any) -> None:
-        if loop.strategy == "fsdp2" or loop.ranks.size > 1:
-            raise RuntimeError(
-                f"[{WHERE}] works in one process: {loop.strategy or 'DDP'} is built for what is trained when the "
-                "Loop is made, and would wait for gradients that do not come; train each stage by a Loop of "
-                "its own, with freeze(model, ...) before it is made"
-            )
         if loop._graphs is not None:
             raise RuntimeError(
                 f"[{WHERE}] cuda_graph=True replays the backward of what was trained when it was captured; leave it out"
