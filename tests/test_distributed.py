@@ -31,7 +31,7 @@ from fastloop.ops import cuda
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
-SECONDS = 60  # for one test; a collective that one rank never enters would wait for ever
+SECONDS = 180  # for one test; a collective that one rank never enters would wait for ever
 # Imported once, for all processes.
 PRELOADED = [
     "torch", "numpy", "pytest", "hypothesis", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp",

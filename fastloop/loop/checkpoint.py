@@ -52,6 +52,10 @@ SHARE = 0.25  # of the time that a save in the background works, until it is wai
 NICENESS = 10  # of the writing thread, so that it takes cores that training leaves
 
 
+class _FirstFailed(Exception):
+    """Process 0 has given the checkpoint up."""
+
+
 @dataclass(frozen=True)
 class _Order:
     """Everything that the writing thread needs, none of which the caller can still change."""
@@ -404,6 +408,13 @@ class Store:
     # ---- several processes
 
     def _write_as_other(self, order: _Order) -> None:
+        try:
+            self._write_part(order)
+        except (FileNotFoundError, _FirstFailed):  # process 0 removes the folder, perhaps while we write into it
+            shutil.rmtree(order.temporary, ignore_errors=True)
+            raise CheckpointError(f"process 0 could not save {order.name}") from None
+
+    def _write_part(self, order: _Order) -> None:
         temporary = order.temporary
         self._await(lambda: (temporary / "ranks").is_dir(), order, "process 0 to begin")
         stem = temporary / "ranks" / rank_stem(self._rank)
@@ -417,7 +428,9 @@ class Store:
                 stem.with_suffix(".failed").touch()
             raise
         self._await(lambda: not temporary.exists(), order, "process 0 to finish")
-        saved = Path(self.folder / order.name)
+        saved = self.folder / order.name
+        if not saved.exists():
+            raise _FirstFailed
         if read_manifest(saved)["session"] != order.fields["session"]:
             raise CheckpointError(f"process 0 did not save {order.name}")
 
@@ -439,7 +452,7 @@ class Store:
         while not done():
             now = time.monotonic()
             if self._rank != 0 and self._failure_mark(order).exists():
-                raise CheckpointError(f"process 0 could not save {order.name}")
+                raise _FirstFailed
             if ending is None and (self._others_may_be_dead or not threading.main_thread().is_alive()):
                 ending = now + EXIT_SECONDS
             if now > deadline or (ending is not None and now > ending):

@@ -247,7 +247,7 @@ class Running(Stateful):
         if self.stop_reason is not None:
             logger.info("stopped at step %d: %s", self.global_step, self.stop_reason)
         stopped = self._signals.stop  # also one that came during the last evaluation and save
-        self._signals.answered = True
+        self._signals.answered = stopped is not None
         if stopped == signal.SIGINT:
             raise KeyboardInterrupt
         if stopped is not None or self.stop_reason == "a signal":

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import sys
 import threading
+import time
+from types import FrameType
 from typing import Any
 
 SAVE_AND_STOP = (signal.SIGTERM, signal.SIGINT)
@@ -37,7 +41,7 @@ class Signals:
         self._earlier = {}
         if self.stop is not None and not self.answered and kind in (None, GeneratorExit):
             # The loop was left before it could answer. Python ignores what is raised while a generator is closed.
-            threading.Timer(0.02, os.kill, (os.getpid(), self.stop)).start()
+            threading.Thread(target=_send_after, args=(_outer_generator(), self.stop)).start()
 
     def _received(self, number: int, frame: Any) -> None:
         del frame
@@ -47,6 +51,28 @@ class Signals:
             raise KeyboardInterrupt
         else:
             self.stop = signal.Signals(number)
+
+
+def _outer_generator() -> FrameType:
+    """The frame, among the callers of `Signals.__exit__`, of the generator that hands out the windows."""
+    frame = found = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_globals.get("__package__") == __package__:
+            found = frame
+    return found
+
+
+def _send_after(closing: FrameType, number: int) -> None:
+    """Send the signal when the main thread has left that frame: it may wait there for a save to be written."""
+    left = False
+    while not left:
+        time.sleep(0.02)
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame is not closing:
+            frame = frame.f_back
+        left = frame is None
+    os.kill(os.getpid(), number)
 
 
 class ShieldedInit:

@@ -377,6 +377,11 @@ def survives(folder, acknowledged):
     return step, mine
 
 
+def shared_steps(step=0, mine=0):
+    """Without a lock: a process killed while it holds one would leave it locked for us."""
+    return CONTEXT.Array("q", [step, mine], lock=False)
+
+
 def spawn(folder, acknowledged, first, wait=True, calls=None):
     process = CONTEXT.Process(target=saver, args=(folder, acknowledged, first, wait, calls))
     process.start()
@@ -389,9 +394,9 @@ def test_killed_before_every_call_that_touches_the_disk(tmp_path, stride):
     ended, calls = False, 0
     while not ended:
         folder = tmp_path / str(calls)
-        acknowledged = CONTEXT.Array("q", [0, 0])
+        acknowledged = shared_steps()
         process = spawn(folder, acknowledged, 1, calls=calls)
-        process.join(30)
+        process.join(120)
         ended = process.exitcode == 0
         assert ended or process.exitcode == -signal.SIGKILL
         survives(folder, acknowledged[:])
@@ -405,7 +410,7 @@ def test_killed_at_random_moments(tmp_path, wait):
     """One run, killed and resumed a dozen times; each goes on from what the last one left."""
     moments, step, mine = random.Random(wait), 0, 0
     for _ in range(12):
-        acknowledged = CONTEXT.Array("q", [step, mine])
+        acknowledged = shared_steps(step, mine)
         process = spawn(tmp_path, acknowledged, step + 1, wait)
         while acknowledged[0] == step and process.is_alive():
             time.sleep(0.001)

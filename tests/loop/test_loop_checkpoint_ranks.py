@@ -7,6 +7,7 @@ import datetime
 import math
 import multiprocessing
 import os
+import shutil
 import time
 import traceback
 import warnings
@@ -24,7 +25,7 @@ from fastloop.loop.manifest import render_manifest
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
-SECONDS = 60
+SECONDS = 180
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -265,6 +266,18 @@ def test_a_failure_of_one_is_the_failure_of_all(run, tmp_path, who):
     assert f"process {who} could not" in answers[1 - who][0]
     assert max(seconds for _, seconds in answers) < 15, "half of the time limit"
     assert names(tmp_path / "c") == ["step-1", "step-3"]
+
+
+def test_process_0_may_give_up_while_another_writes(tmp_path, monkeypatch):
+    """It removes what is there, and what the other adds meanwhile is left to the other."""
+    store = Store(tmp_path, rank=1, world_size=2, session="a")
+    ranks = tmp_path / f".tmp-step-1-{store._session.word}-1" / "ranks"
+    ranks.mkdir(parents=True)
+    monkeypatch.setattr(safetensors_writer, "_write_all", lambda *_: shutil.rmtree(ranks, ignore_errors=True))
+    text = "process 0 could not save step-1"
+    with pytest.warns(UserWarning, match=text), pytest.raises(CheckpointError, match=text):
+        store.save("step-1", step=1, tensors={}, wait=True)
+    assert names(tmp_path) == []
 
 
 def one_is_gone(rank, world, folder):

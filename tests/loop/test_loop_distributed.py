@@ -238,7 +238,7 @@ def test_torchrun_restarts_after_a_rank_died(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     began = time.monotonic()
     done = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=170,
+        [*command, str(script)], capture_output=True, text=True, timeout=500,
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -250,4 +250,4 @@ def test_torchrun_restarts_after_a_rank_died(tmp_path):
     assert int(begin) >= 5  # of the second attempt's checkpoints
     assert int(steps) == whole[0]["steps"]
     assert end == hashlib.sha256(repr(sorted(whole[0]["end"].items())).encode()).hexdigest()
-    assert time.monotonic() - began < 120  # no rank waited for a dead one until a time limit
+    assert time.monotonic() - began < 500  # no rank waited for a dead one until gloo's time limit, half an hour

@@ -120,7 +120,7 @@ def test_no_tensor_is_read_and_no_thread_started(bar: str, monkeypatch: pytest.M
     stream = Stream(True)
     progress = Progress(total=10, stream=stream, clock=Clock())
     progress.update(1, {"loss": torch.ones(()), "lr": 0.5})
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one of an earlier test may have ended
     assert "lr 0.5" in stream.getvalue()
     assert "loss" not in stream.getvalue()
     progress.close()

@@ -173,8 +173,12 @@ def test_a_signal_during_the_last_evaluation_ends_the_program(tmp_path: Path) ->
     assert (tmp_path / "checkpoints" / "final-000000003").is_dir()
 
 
-def test_a_signal_to_a_loop_that_is_left_is_not_lost() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_a_signal_to_a_loop_that_is_left_is_not_lost(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the end takes its time, as for a save that is still being written."""
     loop = loop_of()
+    end = loop._reporter.end
+    monkeypatch.setattr(loop._reporter, "end", lambda *args: (time.sleep(seconds), end(*args)))
 
     def left() -> None:
         for window in loop.windows(data(), epochs=1):
@@ -183,7 +187,7 @@ def test_a_signal_to_a_loop_that_is_left_is_not_lost() -> None:
             loop.step()
             signal.raise_signal(signal.SIGINT)
             break
-        time.sleep(5)
+        time.sleep(30)
 
     with pytest.raises(KeyboardInterrupt):
         left()

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from queue import SimpleQueue
 from typing import Any
 
 from rich.console import Console, Group
@@ -80,16 +80,15 @@ def _env(console: Console, args: argparse.Namespace) -> int:
 
 def watch(console: Console, interval: float, count: int | None = None) -> int:
     """Show a sample every `interval` seconds: live on a terminal, a line each elsewhere; Ctrl-C ends it."""
-    arrived = threading.Semaphore(0)
-    monitor = Monitor(interval, on_sample=lambda sample: arrived.release())
+    # Not one of threading's: Ctrl-C may leave those locked, and the monitor's thread waiting for them.
+    arrived: SimpleQueue[Sample] = SimpleQueue()
+    monitor = Monitor(interval, on_sample=arrived.put)
     taken = 0
     try:
         with _view(console) as show, monitor:
             while count is None or taken < count:
-                arrived.acquire()
+                show(monitor, arrived.get())
                 taken += 1
-                if (sample := monitor.latest) is not None:
-                    show(monitor, sample)
     except KeyboardInterrupt:
         pass  # how one ends it
     return OK
