@@ -93,15 +93,17 @@ def _apart(processes: list[Process]) -> int:
 
 def _cpu_times() -> tuple[int, int]:
     """(busy, all) ticks of the CPUs of this process's affinity mask since the machine started."""
-    wanted = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    busy = total = 0
+    listed = {}
     for line in (PROC / "stat").read_text().splitlines():
         name, *values = line.split()
-        if name in wanted:
-            ticks = [int(value) for value in values[:8]]  # guest time is in user time already
-            total += sum(ticks)
-            busy += sum(ticks) - ticks[3] - ticks[4]  # idle, waiting for a disk
-    return busy, total
+        if name.startswith("cpu") and name != "cpu":
+            listed[name] = [int(value) for value in values[:8]]  # guest time is in user time already
+    wanted = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    if not wanted & listed.keys():
+        wanted = set(listed)  # a container's own list (LXCFS) numbers its CPUs anew
+    ticks = [listed[name] for name in wanted & listed.keys()]
+    total = sum(map(sum, ticks))
+    return total - sum(each[3] + each[4] for each in ticks), total  # idle, waiting for a disk
 
 
 class Host:

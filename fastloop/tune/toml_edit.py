@@ -45,7 +45,7 @@ def edit(text: str, tables: Tables, name: str = "the file") -> str:
     before = parsed(text, name)
     wanted = _wanted(before, tables, name)
     newline = "\r\n" if "\r\n" in text else "\n"
-    lines = text.splitlines(keepends=True)
+    lines = [line for line in re.split(r"(?<=\n)", text) if line]  # not at U+2028 and the like, as splitlines does
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += newline
     for table, keys in tables.items():

@@ -27,7 +27,18 @@ import torch
 
 from fastloop import machine
 from fastloop.tune import child
-from fastloop.tune.watch import KEPT_OUTPUT, MARK, OUT_OF_MEMORY, TIMEOUT, OnNote, Process, Watch, descendants, marked
+from fastloop.tune.watch import (
+    KEPT_OUTPUT,
+    MARK,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    OnNote,
+    Process,
+    Watch,
+    descendants,
+    marked,
+    resident_bytes,
+)
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 SHARE_OF_MEMORY = 0.8
@@ -125,6 +136,7 @@ def run_forked(
     """Call a function that no fresh process could import, in a fork of this one; `run` says the rest.
 
     Args:
+        memory_limit: bytes on top of what this process has, whose pages are the fork's, too.
         threads: of torch in the fork. OpenMP's threads do not survive a fork: more than one may hang in it.
 
     Raises:
@@ -136,12 +148,14 @@ def run_forked(
     with tempfile.TemporaryFile() as answer, _appended() as output:
         sys.stdout.flush()
         sys.stderr.flush()
-        parent, pid = os.getpid(), os.fork()
+        parent = os.getpid()
+        limit = None if memory_limit is None else memory_limit + resident_bytes(parent)
+        pid = os.fork()
         if pid == 0:
             allowed = None if on_note is None else timeout
             child.main_of_fork(function, parent, answer.fileno(), output.fileno(), (start + timeout, allowed), threads)
         process = _Fork(pid)
-        watch = Watch(process, start + timeout, memory_limit, output, answer, on_note)
+        watch = Watch(process, start + timeout, limit, output, answer, on_note)
         try:
             ended_by_us = watch.until_it_ends()
         finally:

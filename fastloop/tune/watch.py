@@ -114,6 +114,10 @@ class Watch:
         """Pages that several processes share count once; the sum of what each has is at least that, and cheap."""
         processes = descendants(self.process.pid)
         most = sum(map(resident_bytes, processes))
+        if self.limit is not None and len(processes) == 1 and self.on_note is None:
+            highest = peak_bytes(processes[0])  # between two looks, too; with notes the peak is that since the last
+            if highest > self.limit:
+                most = max(most, highest)
         if most <= (self.peak or 0):
             return
         if len(processes) > 1:
@@ -165,6 +169,15 @@ def resident_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
     except (OSError, IndexError):
         return 0
+
+
+def peak_bytes(pid: int) -> int:
+    """The most that the process had resident so far; 0 where it is gone, or the system does not say."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def proportional_bytes(pid: int) -> int:

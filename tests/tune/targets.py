@@ -68,7 +68,7 @@ def training(data: Any, batch_size: int = 16, width: int = 64, shuffle: bool | N
 
 
 def slow_loss(model: nn.Module, batch: Any) -> Tensor:
-    time.sleep(0.1)
+    time.sleep(0.3)  # so long that the data are no 2 % of it, even where another program comes in between
     return loss_fn(model, batch)
 
 
@@ -111,16 +111,27 @@ def segfaults() -> dict:
 
 def hangs(start_another: bool = False) -> dict:
     if start_another:
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
+        command = [sys.executable, "-c", "import time; time.sleep(3600)"]
+        note(other=subprocess.Popen(command, start_new_session=True).pid)
     time.sleep(3600)
     return {}
 
 
-def takes_all_memory(step: int = 2**25) -> dict:
+def takes_memory(step: int = 2**25, most: int = 2**30) -> dict:
+    """More and more, but not all that the machine has, where nobody ends it."""
     kept = []
-    while True:
+    while len(kept) * step < most:
         kept.append(bytearray(b"x") * step)
         time.sleep(0.01)
+    time.sleep(3600)
+    return {}
+
+
+def takes_memory_for_a_moment(size: int = 2**30) -> dict:
+    taken = bytearray(b"x") * size
+    del taken
+    time.sleep(3)
+    return {}
 
 
 def asks_for_too_much() -> dict:

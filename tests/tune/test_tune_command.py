@@ -87,7 +87,7 @@ def test_keep_yours_is_an_answer(
 
 
 def test_a_broken_target_has_its_traceback_and_code(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("loader", "--target", "targets:raises") == 6
+    assert main("loader", "--target", "targets:raises", "--timeout", "2m") == 6
     error = capsys.readouterr().err
     assert "in raises" in error
     assert "no such table" in error

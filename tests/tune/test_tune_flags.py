@@ -422,8 +422,9 @@ def test_fewer_bits_have_an_error(spec: Any) -> None:
 
 
 def test_the_error_is_not_that_of_a_schedule_without_an_end(spec: Any) -> None:
+    plain = {**spec, "options": {"threads": 1}}
     scheduled = {**spec, "options": {"schedule": {"name": "cosine", "warmup_steps": 10}, "threads": 1}}
-    changed = [flag_trial.compare(each, {}, {"precision": "bf16"}, 0.0)["error"] for each in (spec, scheduled)]
+    changed = [flag_trial.compare(each, {}, {"precision": "bf16"}, 0.0)["error"] for each in (plain, scheduled)]
     assert changed[0] == changed[1]
 
 
@@ -477,9 +478,8 @@ def test_differences() -> None:
 def test_of_a_target(tmp_path: Path) -> None:
     (tmp_path / "flag_target.py").write_text(TARGET, encoding="utf-8")
     heard: list[Trial] = []
-    report = flags(
-        "flag_target:task", options={"threads": 1}, only=["precision", "cuda_graph"], budget=40, on_trial=heard.append
-    )
+    asked = {"options": {"threads": 1}, "only": ["precision", "cuda_graph"], "timeout": 120.0}
+    report = flags("flag_target:task", **asked, on_trial=heard.append)
     assert [(t.settings, t.status) for t in report.trials] == [
         ({}, "ok"), ({"precision": "bf16"}, "ok"), ({"cuda_graph": True}, "skipped"),
     ]  # fmt: skip
@@ -487,11 +487,11 @@ def test_of_a_target(tmp_path: Path) -> None:
     assert report.trials[1].error is not None
     assert report.trials[1].error > 1e-5
     assert Report.from_json(report.to_json()) == report
-    assert flags("flag_target:task", options={"threads": 1}, only=["precision", "cuda_graph"], budget=40).cached
+    assert flags("flag_target:task", **asked).cached
 
 
 @pytest.mark.slow
 def test_of_a_target_that_is_broken(tmp_path: Path) -> None:
     (tmp_path / "flag_target.py").write_text(TARGET, encoding="utf-8")
     with pytest.raises(TargetError, match="no data"):
-        flags("flag_target:broken")
+        flags("flag_target:broken", timeout=120.0)

@@ -20,7 +20,8 @@ from fastloop.tune.loader import _Search, candidates, smallest_near_best, won
 from fastloop.tune.report import Trial
 from fastloop.tune.session import Session
 
-ONE = {"threads": 1}  # OpenMP's threads wait for each other on a busy machine
+ONE = {"threads": 1}  # OpenMP's threads wait for each other on a busy machine,
+PATIENT = 120.0  # where a process takes long to start
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +34,29 @@ def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "usable_cpus", lambda: 2)
 
 
+def always_left(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The budget is never spent: on a busy machine starting the trials may take all of it."""
+    monkeypatch.setattr(Session, "left", lambda self: seconds)
+
+
 def test_a_fast_data_set_is_not_the_bottleneck() -> None:
-    report = tune.loader(targets.fast, budget=30.0, options=ONE)
+    report = tune.loader(targets.fast, budget=30.0, timeout=PATIENT, options=ONE)
     assert report.keep
     assert len(report.trials) == 1
     assert report.best is report.present
     assert "not the bottleneck" in report.findings[-1]
-    again = tune.loader(targets.fast, budget=30.0, options=ONE)
+    again = tune.loader(targets.fast, budget=30.0, timeout=PATIENT, options=ONE)
     assert again.cached
     assert again.findings == report.findings
 
 
 @pytest.mark.slow
-def test_workers_remove_the_wait_of_a_slow_getitem(two_cpus: None) -> None:
+def test_workers_remove_the_wait_of_a_slow_getitem(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    always_left(monkeypatch, 60.0)
     seen: list[Trial] = []
-    report = tune.loader(targets.slow, arguments={"seconds": 0.01}, budget=60.0, options=ONE, on_trial=seen.append)
+    report = tune.loader(
+        targets.slow, arguments={"seconds": 0.01}, budget=60.0, timeout=PATIENT, options=ONE, on_trial=seen.append
+    )
     assert not report.keep
     assert report.loader["num_workers"] == 2
     assert report.gain.low > 1.2
@@ -56,7 +65,8 @@ def test_workers_remove_the_wait_of_a_slow_getitem(two_cpus: None) -> None:
     assert seen == report.trials
 
 
-def test_a_dataset_of_this_process(two_cpus: None) -> None:
+def test_a_dataset_of_this_process(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    always_left(monkeypatch, 20.0)
     data = targets.Rows(count=4096, seconds=0.01)
     data.unpicklable = lambda: None
     report = tune.loader(data, settings={"batch_size": 4}, budget=8.0)
@@ -72,9 +82,10 @@ def test_a_broken_dataset_of_this_process() -> None:
     assert "in __getitem__" in caught.value.traceback
 
 
-def test_workers_that_hang_are_reported(two_cpus: None) -> None:
+def test_workers_that_hang_are_reported(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
+    always_left(monkeypatch, 6.0)
     data = targets.Rows(seconds=0.002, hang_in_worker=True)
-    report = tune.loader(data, settings={"batch_size": 4}, budget=6.0, timeout=2.0)
+    report = tune.loader(data, settings={"batch_size": 4}, budget=6.0, timeout=5.0)
     assert report.keep
     assert "timeout" in [each.status for each in report.trials if each.settings["num_workers"]]
     assert all(each.status in ("timeout", "skipped") for each in report.trials if each.settings["num_workers"])
@@ -86,20 +97,20 @@ def test_workers_that_hang_are_reported(two_cpus: None) -> None:
 )
 def test_a_broken_target(function: str, text: str, code: int) -> None:
     with pytest.raises(tune.TargetError, match=text) as caught:
-        tune.loader(f"targets:{function}", budget=30.0)
+        tune.loader(f"targets:{function}", budget=30.0, timeout=PATIENT)
     assert caught.value.exit_code == code
 
 
 def test_a_target_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text("import nothing_like_this\n")
     with pytest.raises(tune.TargetError, match="nothing_like_this") as caught:
-        tune.loader("half:build", budget=30.0)
+        tune.loader("half:build", budget=30.0, timeout=PATIENT)
     assert "half.py" in caught.value.traceback
 
 
 def test_a_loader_without_a_batch() -> None:
     with pytest.raises(tune.TargetError, match="gave no batch"):
-        tune.loader(targets.no_batch, budget=30.0)
+        tune.loader(targets.no_batch, budget=30.0, timeout=PATIENT)
 
 
 # ---- the search's parts

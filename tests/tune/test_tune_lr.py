@@ -523,7 +523,8 @@ def project(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_of_a_target(project: Any) -> None:
-    report = lr("range_target:task", options={"schedule": "cosine", "max_grad_norm": 1.0}, steps=60)
+    asked = {"options": {"schedule": "cosine", "max_grad_norm": 1.0}, "steps": 60, "timeout": 120.0}
+    report = lr("range_target:task", **asked)
     found = curve(report)
     assert found is not None
     assert found.suggestion is not None
@@ -533,14 +534,14 @@ def test_of_a_target(project: Any) -> None:
     assert not report.loader
     assert any(f"Learning rate {found.suggestion:.2g}" in each for each in report.findings)
     assert any("schedule was left out" in each for each in report.findings)
-    again = lr("range_target:task", options={"schedule": "cosine", "max_grad_norm": 1.0}, steps=60)
+    again = lr("range_target:task", **asked)
     assert again.cached
     assert curve(again) == found
 
 
 def test_of_a_target_that_is_broken(project: Any) -> None:
     with pytest.raises(fastloop.tune.target.TargetError, match="no data") as caught:
-        lr("range_target:broken")
+        lr("range_target:broken", timeout=120.0)
     assert "LookupError" in caught.value.traceback
 
 

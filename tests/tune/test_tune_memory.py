@@ -362,7 +362,7 @@ def test_a_broken_target_is_told(on: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_trial_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One only: the budget is spent when the first is done."""
     monkeypatch.chdir(tmp_path)
-    report = memory(perceptron, budget=0.5, fresh=True)
+    report = memory(perceptron, budget=0.5, timeout=120.0, fresh=True)
     assert report.present.status == "ok"
     assert report.present.peak_bytes > 50 * 2**20
     assert report.present.extra["parts"]["states"] == STATES

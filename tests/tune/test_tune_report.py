@@ -80,6 +80,12 @@ def test_lines_keep_their_ends() -> None:
     assert toml_edit.edit("[loop]\r\na = 1\r\n", {"loop": {"a": 2, "b": 3}}) == "[loop]\r\na = 2\r\nb = 3\r\n"
 
 
+@pytest.mark.parametrize("separator", ["\x85", "\u2028"])
+def test_a_line_ends_where_toml_says(separator: str) -> None:
+    text = toml_edit.edit("", {"": {"a": f"x{separator}y"}}).replace("\n", " # mine\n")
+    assert toml_edit.edit(text, {"": {"a": 1}}) == "a = 1 # mine\n"
+
+
 @pytest.mark.parametrize("text", ["loop = {a = 1}\n", "loop.a = 1\n", 'loop = "a value"\n', "a = = 1\n"])
 def test_what_cannot_be_edited_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^\[tune\]"):
