@@ -85,13 +85,23 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a module draws when it is imported is the same in every run too."""
+    del collector
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)  # what is under test may draw from it
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """The same random numbers for every test, whatever ran before; torch's global settings restored."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    random.seed(0)
-    np.random.seed(0)  # what is under test may draw from it
-    torch.manual_seed(0)
+    _seed()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastloop.recipes.model import check_initial_gradients, dead_relus, model_summary
 
-IMAGES, CLASSES = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 1])
+IMAGES, CLASSES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

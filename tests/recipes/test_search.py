@@ -505,11 +505,14 @@ def test_a_trial_that_is_not_done_in_time_is_ended(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_notes_do_not_put_off_the_end_of_a_trial() -> None:
     notes: list[Any] = []
-    outcome = trials_of.run(
-        "search_targets:notes_without_end", {}, timeout=8.0, memory_limit=None, renew=False,
-        folders=[str(Path(__file__).parent)], on_note=lambda values, peak: notes.append(values),
-    )  # fmt: skip
-    assert outcome.status == "timeout"
+    for timeout in (8.0, 30.0, 100.0):  # a busy machine may take the first ones to import torch
+        outcome = trials_of.run(
+            "search_targets:notes_without_end", {}, timeout=timeout, memory_limit=None, renew=False,
+            folders=[str(Path(__file__).parent)], on_note=lambda values, peak: notes.append(values),
+        )  # fmt: skip
+        assert outcome.status == "timeout"
+        if notes:
+            break
     assert notes
 
 

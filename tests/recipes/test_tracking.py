@@ -22,7 +22,8 @@ from fastloop.recipes.tracking import Experiment, compare_experiments, model_car
 from fastloop.recipes.tracking.experiment import canonical, experiment_id
 from fastloop.recipes.tracking.run_folder import NoSuchRun, RunFolder, runs_below
 
-DATA = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
+SEED = torch.Generator().manual_seed(0)
+DATA = [(torch.randn(4, 2, generator=SEED), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
 
 
 def trained(run_dir: Path, lr: float = 0.1, **options: Any) -> Loop:
