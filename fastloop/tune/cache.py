@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastloop import machine
+from fastloop.loop.files import replace_file
 from fastloop.tune.report import Report
 from fastloop.tune.target import Target
 
@@ -60,9 +61,6 @@ def load(kind: str, target: Target, wanted: str) -> Report | None:
 def save(target: Target, report: Report, wanted: str) -> None:
     """Keep the answer; a folder that cannot be written to keeps none."""
     file = path(report.kind, target)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
     text = f'{{"key": {json.dumps(wanted)},\n"report": {report.to_json()}}}\n'
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
+        replace_file(file, text)

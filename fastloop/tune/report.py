@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastloop.bench.stats import Interval
+from fastloop.loop.files import replace_file
 from fastloop.tune import toml_edit
 from fastloop.tune.target import OF_A_RUN
 from fastloop.tune.trial import OK, Outcome
@@ -185,19 +186,13 @@ class Report:
             OSError: it cannot be written.
         """
         file = Path(path)
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        text = file.read_bytes().decode() if file.exists() else ""  # its ends of lines stay
         tables = self.tables()
         check_file(file, self.target)
         edited = toml_edit.edit(text, tables, str(file))
         if self.keep and unmeasured(edited, str(file), self.arguments, self.options, self.settings):
             edited = toml_edit.edit(text, {name: keys for name, keys in tables.items() if name != "tuned"}, str(file))
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(edited, encoding="utf-8")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(file, edited)
 
 
 def check_file(file: Path, target: str) -> None:

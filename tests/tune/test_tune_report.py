@@ -211,6 +211,15 @@ def test_applied_to_a_file_that_a_loop_loads(tmp_path: Path) -> None:
     assert loop.accumulation_steps == 1
 
 
+def test_the_ends_of_a_files_lines_stay(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(b'# mine\r\ntarget = "targets:slow"\r\n')
+    report().apply(file)
+    lines = file.read_bytes().split(b"\n")
+    assert len(lines) > 5
+    assert all(line.endswith(b"\r") for line in lines[:-1])
+
+
 def test_written_from_nothing(tmp_path: Path) -> None:
     file = tmp_path / "new" / "config.toml"
     report().apply(file)
