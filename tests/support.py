@@ -21,6 +21,18 @@ INTERPRETED_SHAPES = ((33, 65), (), (3, 0, 2), (7,))
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
+class Encoder(torch.nn.Module):
+    """Two layers of a transformer: [batch, length, 16] to [batch, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder, self.head = torch.nn.TransformerEncoder(layer, 2), torch.nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
 # -- tensors -------------------------------------------------------------------------------------------------
 
 

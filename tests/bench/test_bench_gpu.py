@@ -6,7 +6,6 @@ What is written here is fake and stays in temporary folders: a result of a GPU c
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import programs
 import pytest
 import torch
 
@@ -226,13 +226,8 @@ def test_an_unknown_row_is_wrong_usage() -> None:
 
 
 @pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_results", ROOT / "scripts" / "gpu_results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return programs.program("scripts/gpu_results.py", monkeypatch)
 
 
 def test_without_a_file_each_row_says_not_yet_measured(script: ModuleType) -> None:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ from fastloop.bench.loop_cases import LoopCase, Reference
 from fastloop.bench.loops import AFTER, BARE, BATCH, LOOPS, OWN_STEP, WARM_UP, Clock, Task
 from fastloop.bench.runner import Effort, Plan
 
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = Plan(Effort((5,)), Effort((5,)))
 TINY = LoopCase("loop-tiny", "made up", OWN_STEP, (BARE,), 1)
 FRAMEWORKS = [name for name, loop in LOOPS.items() if loop.package is not None]
@@ -216,12 +215,8 @@ def test_a_goal_in_seconds(cost: float, text: str, tmp_path: Path) -> None:
     assert "GB/s" not in columns
 
 
-def test_the_page_says_what_part_of_the_time_ours_takes(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_page_says_what_part_of_the_time_ours_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = programs.program("scripts/readme_table.py", monkeypatch)
     faster, dearer = replace(TINY, goals={BARE: 2.0})._row(BARE), replace(TINY, cost_goal=40e-6)._row(OWN_STEP)
     for row in (faster, dearer):
         row.ratio, row.cost = stats.Interval(2.5, 2.0, 4.0), stats.Interval(41e-6, 30e-6, 50e-6)

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
+import programs
 import pytest
 import torch
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "train_gpt.py"
 SMALL = [
     "--layers",
     "1",
@@ -34,10 +32,7 @@ SMALL = [
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
     """A function that runs it with the arguments of its command line."""
-    spec = importlib.util.spec_from_file_location("train_gpt", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_gpt", module)
-    spec.loader.exec_module(module)
+    module = programs.program("benchmarks/train_gpt.py", monkeypatch)
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *SMALL, *arguments])

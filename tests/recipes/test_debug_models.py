@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -33,16 +34,6 @@ def mlp(*last: nn.Module, outputs: int = 3) -> nn.Sequential:
 
 def said(made: Any, *levels: str) -> str:
     return "\n".join(str(f) for f in made.findings if f.level in (levels or ("error", "warning")))
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x).mean(1))
 
 
 class Recurrent(nn.Module):

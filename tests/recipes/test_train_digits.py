@@ -3,28 +3,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import torch
 from safetensors.torch import load_file
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "train_digits.py"
 PLOTS = ("data", "overfit", "lr", "schedule", "augmentation", "training_curves", "layers", "errors")
 
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch):
     """The module; `run(...)` calls its main with the arguments of a command line."""
-    spec = importlib.util.spec_from_file_location("train_digits", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_digits", module)
-    spec.loader.exec_module(module)
+    module = programs.program("benchmarks/train_digits.py", monkeypatch)
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train_digits.py", *arguments])
