@@ -172,6 +172,7 @@ class Loop(Fitting):
         self.nonfinite, self.strategy, self.seed, self.config = nonfinite, strategy, seed, config
         self.run_dir = None if run_dir is None else Path(run_dir)
         self._curves, self._check, self._scheduled = curves, check, schedule is not None
+        self._compiles = compile
         self._channels_last, self._auto_microbatch = channels_last, auto_microbatch
 
         place = None if device is None else torch.device(device)
@@ -262,11 +263,12 @@ class Loop(Fitting):
         """Take up that parameters were frozen or unfrozen since the loop was made.
 
         It is called on each rank, between windows. Under DDP the model is wrapped anew, for what is trained now, and
-        `loop.model` is another object; gradients are dropped, communication hooks stay. Where nothing changed, and
-        without DDP, nothing is done.
+        `loop.model` is another object; gradients are dropped, communication hooks stay (a state by buckets, as that of
+        PowerSGD, does not fit the new ones). With `compile=True` it is compiled anew. Else nothing is done.
 
         Raises:
-            RuntimeError: `cuda_graph=True`, or a DistributedDataParallel that the caller made.
+            RuntimeError: within a window, `cuda_graph=True`, a DistributedDataParallel that the caller made, or one
+                without any parameter that is left to train.
         """
         now = distributed.trained(self.model)
         if now == self._trained:
@@ -276,8 +278,15 @@ class Loop(Fitting):
                 "[Loop] cuda_graph=True replays the backward of what was trained when it was captured; leave it out to "
                 "freeze or unfreeze parameters during the run"
             )
+        if self._active and self._window is not None and self._window.losses:
+            raise RuntimeError(
+                "[Loop] requires_grad_changed() within a window would drop the gradients of its first micro-batches; "
+                "call it between windows"
+            )
         self.model = distributed.spread_anew(self.model, self.ranks)
         self._trained = now
+        if self._compiles:
+            modes.compile_in_place(distributed.unwrapped(self.model))
         self._sync_gradients = distributed.gradient_sync(self.model) if self.ranks.size > 1 else None
 
     def log_image(self, name: str, image: Any) -> None:

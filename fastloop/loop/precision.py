@@ -92,13 +92,15 @@ def compile_in_place(model: nn.Module) -> None:
     """As `model.compile()`, for containers too.
 
     torch.compile passes over frames of torch's own, nn.Sequential's forward among them, and compiles nothing then. A
-    frame of ours around the call is one that it takes.
+    frame of ours around the call is one that it takes. Its code is a copy: what torch.compile keeps, up to 8 forms of
+    one code, is of this model alone, and begins anew where the model is compiled again.
     """
     call = model._call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
+    forward.__code__ = forward.__code__.replace()
     model._compiled_call_impl = torch.compile(forward)
 
 

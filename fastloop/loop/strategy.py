@@ -150,7 +150,7 @@ def spread(strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimi
         return model
     if strategy == "ddp" and ranks.size > 1:
         _check_owned(strategy, model, optimizer)
-        model.register_forward_pre_hook(_refuse_calls_past_ddp)
+        model.register_forward_pre_hook(_RefuseCallsPastDDP())
         return _in_ddp(model, ranks)
     if strategy == "fsdp2" and not _is_sharded(model):
         _shard(model, optimizer, ranks)
@@ -159,17 +159,36 @@ def spread(strategy: str | None, model: nn.Module, optimizer: torch.optim.Optimi
 
 def _in_ddp(model: nn.Module, ranks: Ranks) -> DistributedDataParallel:
     on_gpu = ranks.device.type == "cuda"
-    return DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, gradient_as_bucket_view=True)
+    made = DistributedDataParallel(model, device_ids=[ranks.device] if on_gpu else None, gradient_as_bucket_view=True)
+    made.training = model.training
+    return made
 
 
-def _refuse_calls_past_ddp(module: nn.Module, args: Any) -> None:
-    del args
-    active = DistributedDataParallel._active_ddp_module
-    if module.training and torch.is_grad_enabled() and (active is None or active.module is not module):
-        raise RuntimeError(
-            "[Loop] the model was called past loop.model: its gradients would not be averaged over the ranks, "
-            "whose weights would drift apart; call loop.model(...)"
-        )
+class _RefuseCallsPastDDP:
+    """A forward pre-hook of this model; a copy of it, and one that was saved whole, may be called by whoever has it."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        active = DistributedDataParallel._active_ddp_module
+        if module.training and torch.is_grad_enabled() and (active is None or active.module is not module):
+            raise RuntimeError(
+                "[Loop] the model was called past loop.model: its gradients would not be averaged over the ranks, "
+                "whose weights would drift apart; call loop.model(...)"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RefuseNothing, ()
+
+
+class _RefuseNothing:
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        pass
+
+
+def _refuse_former(module: nn.Module, args: Any) -> None:
+    raise RuntimeError(
+        "[Loop] this is what loop.model was before parameters were frozen or unfrozen; call loop.model(...), and keep "
+        "no reference to it"
+    )
 
 
 def trained(model: nn.Module) -> list[bool]:
@@ -188,15 +207,18 @@ def spread_anew(called: nn.Module, ranks: Ranks) -> nn.Module:
     if not isinstance(called, DistributedDataParallel):
         return called
     model = called.module
-    if _refuse_calls_past_ddp not in model._forward_pre_hooks.values():
+    if not any(isinstance(hook, _RefuseCallsPastDDP) for hook in model._forward_pre_hooks.values()):
         raise RuntimeError(
             "[Loop] a DistributedDataParallel is built for the parameters that are trained when it is made, and this "
             'one was made by the caller; give Loop the model itself and strategy="ddp"'
         )
+    if not any(trained(model)):
+        raise RuntimeError("[Loop] no parameter is left to train; leave some unfrozen")
     hooks = called._comm_hooks
     for p in model.parameters():
         p.grad = None  # a view of the old buckets
     del called.reducer, called.logger  # its hooks at the parameters go with the last reference
+    called.register_forward_pre_hook(_refuse_former)
     made = _in_ddp(model, ranks)
     for hook, state in hooks:
         made.register_comm_hook(state, hook)

@@ -99,9 +99,9 @@ def _cpu_times() -> tuple[int, int]:
         if name.startswith("cpu") and name != "cpu":
             listed[name] = [int(value) for value in values[:8]]  # guest time is in user time already
     wanted = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    if not wanted & listed.keys():
+    if not wanted <= listed.keys():
         wanted = set(listed)  # a container's own list (LXCFS) numbers its CPUs anew
-    ticks = [listed[name] for name in wanted & listed.keys()]
+    ticks = [listed[name] for name in wanted]
     total = sum(map(sum, ticks))
     return total - sum(each[3] + each[4] for each in ticks), total  # idle, waiting for a disk
 

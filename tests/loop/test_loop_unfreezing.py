@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import ranks
 import torch
@@ -158,3 +161,102 @@ def test_frozen_and_unfrozen_by_hand(tmp_path):
         assert each["equal"] == [True]
         assert "called past loop.model" in each["problem"]
         assert "made by the caller" in each["refused"]
+
+
+def error_of(function, *args, **keywords):
+    try:
+        function(*args, **keywords)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def modes(rank):
+    """A model in eval mode is trained in train mode, before and after DDP is wrapped anew."""
+    model = network()
+    model.eval()
+    loop = loop_of(model, "ddp")
+    loop.fit(loader(4), epochs=1)
+    before = model.training
+    loop.model.eval()
+    freeze(model, "0")
+    loop.requires_grad_changed()
+    held = model.training
+    loop.fit(loader(4), epochs=2)
+    return before, held, model.training, model[0].training
+
+
+def test_a_model_in_eval_mode_is_trained_in_train_mode(tmp_path):
+    assert ranks.run(modes, 2, tmp_path) == [(True, False, True, True)] * 2
+
+
+def refusals(rank):
+    model = network()
+    loop = loop_of(model, "ddp")
+    freeze(model)
+    none_left = error_of(loop.requires_grad_changed)
+    unfreeze(model)
+    loop.requires_grad_changed()
+    loop.fit(loader(4), epochs=1)
+    former = loop.model
+    freeze(model, "0")
+    loop.requires_grad_changed()
+    return none_left, loop.global_step, error_of(former, torch.zeros(2, 5))
+
+
+def test_nothing_left_to_train_and_what_was_the_model_before(tmp_path):
+    for none_left, step, former in ranks.run(refusals, 2, tmp_path):
+        assert "no parameter is left to train" in none_left
+        assert step == WINDOWS
+        assert "call loop.model(...)" in former
+
+
+def copies(rank):
+    """What a copy, one that is loaded, and a copy in a loop of its own say to a call."""
+    model = network()
+    loop_of(model, "ddp")
+    copied = copy.deepcopy(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    said = [error_of(each, torch.zeros(2, 5)) for each in (model, copied, loaded)]
+    loop = loop_of(copied, "ddp")
+    freeze(copied, "0")
+    loop.requires_grad_changed()
+    return [*said, error_of(copied, torch.zeros(2, 5))]
+
+
+def test_a_copy_of_the_model_may_be_called(tmp_path):
+    for said in ranks.run(copies, 2, tmp_path):
+        assert ["called past loop.model" in each for each in said] == [True, False, False, True]
+        assert said[1:3] == ["", ""]
+
+
+def test_each_stage_is_compiled(monkeypatch):
+    """torch.compile keeps 8 forms of one code, and gives up then."""
+    compiled = []
+    compile = torch.compile
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=count))
+    schedule = {0: ["12"], 1: ["10"], 2: ["8"], 3: ["6"], 4: ["4"], 5: ["*"]}
+    model = nn.Sequential(*[nn.Linear(5, 5) if i % 2 == 0 else nn.Tanh() for i in range(12)], nn.Linear(5, 2))
+    loop = loop_of(model, None, compile=True, callbacks=[GradualUnfreezing(schedule)])
+    loop.fit(loader(8), loader(8), epochs=6)
+    assert len(compiled) == 2 * len(schedule)  # in training and in evaluation
+
+
+def test_within_a_window():
+    model = network()
+    loop = loop_of(model, None, accumulation_steps=2)
+    for window in loop.windows(loader(8), max_steps=1):
+        freeze(model, "0")
+        loop.requires_grad_changed()  # no micro-batch yet
+        unfreeze(model)
+        for x, y in window:
+            loop.backward(nn.functional.mse_loss(loop.model(x), y))
+            with pytest.raises(RuntimeError, match="between windows"):
+                loop.requires_grad_changed()
+        loop.step()
+    loop.requires_grad_changed()

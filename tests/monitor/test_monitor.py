@@ -156,7 +156,7 @@ def test_cpus_that_a_container_numbers_anew_count(monkeypatch: pytest.MonkeyPatc
     rows = ["cpu  9 0 9 30 2 0 0 0 0 0", "cpu0 4 0 3 10 1 0 0 0 0 0", "cpu1 5 0 6 20 1 0 0 0 0 0", "intr 1 2"]
     (tmp_path / "stat").write_text("\n".join(rows))
     monkeypatch.setattr(host, "PROC", tmp_path)
-    for affinity, expected in (({0, 1}, (18, 50)), ({1}, (11, 32)), ({6, 7}, (18, 50))):
+    for affinity, expected in (({0, 1}, (18, 50)), ({1}, (11, 32)), ({6, 7}, (18, 50)), ({1, 2}, (18, 50))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, found=affinity: found)
         assert host._cpu_times() == expected
 
