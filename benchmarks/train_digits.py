@@ -101,7 +101,8 @@ def augmented(train: Dataset[Any], epochs: int, seed: int, story: Story) -> Data
         story.tell(f"no medium augmentation: {error}")
         weak = medium = shifted
     second = max(1, epochs // 2)
-    story.tell(f"augmented by shifts of a pixel, medium from epoch {second} on; digits are not flipped")
+    later = "" if medium is shifted else f", medium from epoch {second} on"
+    story.tell(f"augmented by shifts of a pixel{later}; digits are not flipped")
     return recipes.StagedAugmentation(train, {0: weak, second: medium}, SIZE, flip=False, seed=seed)
 
 

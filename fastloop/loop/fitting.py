@@ -62,6 +62,7 @@ class Fitting(Running):
 
         Raises:
             ValueError: no loss_fn, no end, or a loader without any batch.
+            RuntimeError: every parameter is frozen.
             CheckFailed: `check=True`, and a check found an error.
             KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, once the run is saved.
         """
@@ -78,6 +79,10 @@ class Fitting(Running):
                 feed = self._feed_of(train_loader, epochs, max_steps)  # the states of its parts are what callbacks find
                 for callback in self._on["on_fit_start"]:
                     callback(self)
+                if not any(p.requires_grad for group in self.optimizer.param_groups for p in group["params"]):
+                    raise RuntimeError(
+                        "[Loop] no parameter of the optimizer requires a gradient; unfreeze what is to be trained"
+                    )
                 if val_loader is not None:
                     feed.also_keep(val_loader)
                 unchecked = self._check

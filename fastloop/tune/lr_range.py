@@ -262,10 +262,13 @@ def summary(rates: list[float], losses: list[float], diverged_at: float | None, 
     ) -> LRRange:
         return LRRange(rates, losses, smoothed, chosen, steepest, tenth, diverged_at, note)
 
+    if not losses:
+        return result(
+            "no suggestion: the first loss was not finite, before any update; look at the data and the model's output"
+        )
     if len(losses) < FEWEST_STEPS:
         return result(
-            f"no suggestion: after {len(losses)} steps the loss was no longer finite, or 4 times its lowest; begin "
-            "with a lower rate (low)"
+            f"no suggestion: after {len(losses)} steps the loss was no longer finite; begin with a lower rate (low)"
         )
     few = max(3, len(losses) // 10)
     start = sum(losses[:few]) / few

@@ -260,3 +260,12 @@ def test_within_a_window():
                 loop.requires_grad_changed()
         loop.step()
     loop.requires_grad_changed()
+
+
+def test_nothing_to_train_is_said_before_the_first_window():
+    model = network()
+    loop = loop_of(model, None)
+    freeze(model)
+    with pytest.raises(RuntimeError, match="no parameter of the optimizer requires a gradient; unfreeze"):
+        loop.fit(loader(8), epochs=1)
+    assert loop.global_step == 0

@@ -446,6 +446,9 @@ def test_settings_of_a_recipe() -> None:
     assert recipe.schedule(50) == 1.0
     assert recipe.schedule(100) == 0.0
     assert recipe.options == {"schedule": recipe.schedule, "max_grad_norm": 1.0}
+    lines = str(recipe).splitlines()
+    assert lines[0] == "torch"
+    assert len(lines) == 2 + len(recipe.groups)
     with pytest.raises(ValueError, match="warmup"):
         finetuning_recipe(model, warmup=500)
 

@@ -405,6 +405,14 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
     assert found.diverged_at == pytest.approx(rates()[20])
 
 
+def test_a_first_loss_that_is_not_finite_is_no_matter_of_the_rate() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = lr_range_test(model, optimizer, lambda m, b: m(b).sum(), [torch.full((3, 2), math.nan)])
+    assert found.suggestion is None
+    assert "look at the data" in found.note
+
+
 def test_a_loss_below_0_does_not_count_as_diverged_at_once() -> None:
     model = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

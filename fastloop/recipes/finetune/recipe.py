@@ -15,6 +15,7 @@ from fastloop.recipes.finetune.head import head_parameters, is_timm, is_transfor
 from fastloop.recipes.finetune.names import covering, inner, named
 from fastloop.recipes.finetune.plan import HEAD_LR
 from fastloop.schedules import Schedule, warmup_cosine, warmup_linear
+from fastloop.texts import columns
 
 WHERE = "finetuning_recipe"
 RATES = {"timm": 1e-5, "transformers": 2e-5, "torch": 1e-4}
@@ -39,6 +40,16 @@ class FinetuningRecipe:
     schedule: Schedule
     loss_fn: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """The groups: name, rate, decay, number of parameters."""
+        rows = [
+            [group["name"], group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"])]
+            for group in self.groups
+        ]
+        return f"{self.kind}\n{columns(('group', 'lr', 'weight decay', 'parameters'), rows)}"
+
+    __str__ = table
 
 
 def finetuning_recipe(
