@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import copy
 import datetime
+import faulthandler
 import functools
 import importlib.util
 import io
 import os
 import queue
+import sys
+import time
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from cases import CASES
 from conftest import EMULATED, HAS_GPU
+from gloo import use_one_thread
 from interpreter import replace_the_language_once_a_launch
 from mirror import mirror
 from support import bits, checked_step, example, make, values
@@ -59,10 +64,11 @@ class Processes:
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.world = world
+        self.folder = folder
         self.answers = context.Queue()
         self.requests = [context.Queue() for _ in range(world)]
         # A file, not a port: nobody else can take it in between.
-        arguments = [(rank, world, folder / "rendezvous", self.requests[rank], self.answers) for rank in range(world)]
+        arguments = [(rank, world, folder, self.requests[rank], self.answers) for rank in range(world)]
         self.workers = [context.Process(target=serve, args=a, daemon=True) for a in arguments]
         for worker in self.workers:
             worker.start()
@@ -72,17 +78,35 @@ class Processes:
         for requests in self.requests:
             requests.put((function.__name__, args, kwargs))
         results, errors = {}, []
-        try:
-            while len(results) < self.world and not errors:
-                rank, error, result = self.answers.get(timeout=SECONDS)
-                results[rank] = result
-                errors += [f"rank {rank}: {error}"] if error else []
-        except queue.Empty:
-            errors.append(f"no answer from ranks {sorted(set(range(self.world)) - set(results))} in {SECONDS} s")
+        deadline = time.monotonic() + SECONDS
+        while len(results) < self.world and not errors:
+            try:
+                rank, error, result = self.answers.get(timeout=1)
+            except queue.Empty:
+                errors += self.dead()
+                if not errors and time.monotonic() > deadline:
+                    silent = sorted(set(range(self.world)) - set(results))
+                    errors.append(f"no answer from ranks {silent} in {SECONDS} s")
+                continue
+            results[rank] = result
+            # That a peer is gone says little: what ended it is said too.
+            errors += [f"rank {rank}: {error}", *self.dead(wait=2.0)] if error else []
         if errors:
             self.stop()  # the other ranks may be in a collective for ever
             pytest.fail("\n".join(errors), pytrace=False)
         return [results[rank] for rank in range(self.world)]
+
+    def dead(self, wait=0.0):
+        """What ended the processes that are no more: exit code (less than 0: a signal) and the stacks at a crash."""
+        deadline = time.monotonic() + wait
+        found = []
+        for rank, worker in enumerate(self.workers):
+            worker.join(max(deadline - time.monotonic(), 0.0))
+            if not worker.is_alive():
+                fault = self.folder / f"fault-{rank}"
+                stacks = fault.read_text() if fault.exists() else ""
+                found.append(f"rank {rank}: its process ended with {worker.exitcode}\n{stacks}")
+        return found
 
     @property
     def alive(self):
@@ -103,14 +127,17 @@ def emulate_cuda():
         cuda.emulate(module)
 
 
-def serve(rank, world, rendezvous, requests, answers):
+def serve(rank, world, folder, requests, answers):
+    fault = open(folder / f"fault-{rank}", "w")  # noqa: SIM115 (written to when the process crashes)
+    faulthandler.enable(fault)
     torch.set_num_threads(1)
     emulate_cuda()
     if not HAS_GPU and fastloop.backends()["triton"]["available"]:
         replace_the_language_once_a_launch()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    use_one_thread()
+    timeout = datetime.timedelta(seconds=SECONDS)
     torch.distributed.init_process_group(
-        "gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=SECONDS)
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
     )
     while True:
         name, args, kwargs = requests.get()
@@ -236,6 +263,23 @@ def whole_bits(opt):
 def bits_of_shards(opt):
     local = [[p, *opt.state[p].values()] for group in opt.param_groups for p in group["params"]]
     return [bits(getattr(t, "_local_tensor", t)) for tensors in local for t in tensors if isinstance(t, torch.Tensor)]
+
+
+# -- the processes of these tests ------------------------------------------------------------------------------
+
+
+def loops_of_gloo(rank):
+    tasks = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    return tasks.count("pt_gloo_runloop")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's list of threads")
+def test_one_thread_runs_the_collectives_of_a_group(tmp_path):
+    own = Processes(2, tmp_path)  # those of the pool have meshes, groups of their own
+    try:
+        assert own.call(loops_of_gloo) == [1, 1]
+    finally:
+        own.stop()
 
 
 # -- every placement, bit by bit -------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ class Loop(Fitting):
         self.autocast = modes.autocast(self.precision, self.device)
         update = updater(optimizer, modes.scaler(self.precision, self.device), max_grad_norm, max_grad_value)
         self._trained = distributed.trained(self.model)
-        self._start_core(update, distributed.gradient_sync(self.model) if self.ranks.size > 1 else None)
+        self._start_core(update, distributed.gradient_sync(self.model, self.ranks))
         self._keep_batches = self.run_dir is not None and nonfinite != "skip"
         self._rates = Rates(optimizer, schedule, next(iter(self.monitors.values())))
 
@@ -287,7 +287,7 @@ class Loop(Fitting):
         self._trained = now
         if self._compiles:
             modes.compile_in_place(distributed.unwrapped(self.model))
-        self._sync_gradients = distributed.gradient_sync(self.model) if self.ranks.size > 1 else None
+        self._sync_gradients = distributed.gradient_sync(self.model, self.ranks)
 
     def log_image(self, name: str, image: Any) -> None:
         """Write a picture to `run_dir/images/NAME-STEP.png`, and hand it to each logger that takes pictures.

@@ -281,8 +281,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def gradient_sync(model: nn.Module) -> Callable[[bool], None] | None:
+def gradient_sync(model: nn.Module, ranks: Ranks) -> Callable[[bool], None] | None:
     """A switch: whether the next forward and backward sum the gradients over the ranks; None if nothing does."""
+    if ranks.size == 1:
+        return None
     if isinstance(model, DistributedDataParallel):
 
         def switch_ddp(on: bool) -> None:

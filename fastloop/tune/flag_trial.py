@@ -30,10 +30,9 @@ from fastloop.loop.restore import process_settings
 from fastloop.loop.strategy import repeated_blocks
 from fastloop.tune.loading import WON, bottleneck
 from fastloop.tune.losses import Losses, relative_difference
-from fastloop.tune.step import Steps, first_batches, measure, training
+from fastloop.tune.step import SEED, Steps, first_batches, measure, training
 
 ERROR_WINDOWS = 10
-SEED = 0
 PAIRS = (10, 20, 40)
 BATCH_SECONDS = 3.0  # of reading batches for the windows that are compared: fewer batches then, again and again
 
@@ -56,7 +55,6 @@ class Side:
         self, spec: Spec, options: Options, before: Process, batches: Sequence[Any] | int | None = None
     ) -> None:
         modes.set_process(*before)
-        seed_everything(SEED)
         kept = {name: value for name, value in spec["options"].items() if name != "schedule"}
         made = training({**spec, "options": kept}, options)
         self.loop = made.loop

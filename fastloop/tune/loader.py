@@ -22,14 +22,13 @@ from fastloop.loop.loader import with_settings
 from fastloop.tune import loading, trial
 from fastloop.tune.report import Report, Trial, fastest
 from fastloop.tune.session import OnTrial, Session
-from fastloop.tune.step import settings_of
+from fastloop.tune.step import SEED, settings_of
 from fastloop.tune.watch import OnNote
 
 NEAR = 0.02  # of the best rate: as good as it
 NOT_LIMITING = 0.02  # share of the time, or of the rate: less than this cannot be won
 PREFETCH = (2, 4)
 SECONDS = 1.0  # of a first measurement, with the budget of two minutes
-SEED = 0
 _ORDER = ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
 
 Settings = dict[str, Any]

@@ -15,6 +15,7 @@ from fastloop.loop.loader import length_of, with_settings
 from fastloop.loop.random_state import seed_everything
 from fastloop.tune import child
 from fastloop.tune.step import (
+    SEED,
     Again,
     Measured,
     Pulls,
@@ -27,7 +28,6 @@ from fastloop.tune.step import (
     training,
 )
 
-SEED = 0
 WON = 1.02  # a gain below this is none
 PAIRS = (10, 20, 40)
 ROUNDS = 4  # of all workers, in a sample: each round they give their batches almost at once
@@ -36,7 +36,6 @@ Settings = dict[str, Any]
 
 def bottleneck(spec: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """With the present settings: the loader alone, steps on a cached batch, and both together."""
-    seed_everything(SEED)
     made = training(spec)
     given = made.train_loader
     alone = _closing(Pulls(Stream(given)), seconds)
@@ -56,7 +55,6 @@ def bottleneck(spec: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 def several(spec: Mapping[str, Any], settings: Sequence[Settings], seconds: float, until: float) -> None:
     """Training with each of these settings of the loader in turn; a note for each."""
-    seed_everything(SEED)
     made = training(spec)
 
     def rates(each: Settings) -> dict[str, Any]:
@@ -100,7 +98,6 @@ def _each(settings: Sequence[Settings], rates: Callable[[Settings], dict[str, An
 
 def two(spec: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Training with one setting and another in turn, one loop: ratios of their times, before / after."""
-    seed_everything(SEED)
     made = training(spec, None, before)
     other = with_settings(made.train_loader, after)
     switch = _Switch()

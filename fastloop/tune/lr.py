@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fastloop.loop.random_state import seed_everything
 from fastloop.tune import child, trial
 from fastloop.tune.lr_plot import check
 from fastloop.tune.lr_range import LRRange, check_range, sweep
@@ -16,7 +15,6 @@ from fastloop.tune.report import Report
 from fastloop.tune.session import OnTrial, Session, broken
 from fastloop.tune.step import do_not_fork_after_cuda, training
 
-SEED = 0
 LEFT_OUT = ("schedule", "nonfinite", "cuda_graph")  # the test sets rates, goes beyond, and is too short to be captured
 
 
@@ -122,7 +120,6 @@ def _say(report: Report, found: LRRange) -> None:
 def in_trial(spec: Mapping[str, Any], low: float, high: float, steps: int) -> dict[str, Any]:
     """The range test, in the process of the trial."""
     options = {name: value for name, value in spec["options"].items() if name not in LEFT_OUT}
-    seed_everything(SEED)
     made = training({**spec, "options": options})
     do_not_fork_after_cuda(made.train_loader)
     found = sweep(made.loop, made.train_loader, low, high, steps, lambda i, rate, loss: child.note(steps=i + 1))

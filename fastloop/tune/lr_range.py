@@ -219,7 +219,6 @@ class Average:
         self._weight = 0.0
         self._losses: list[float] = []
         self._best = math.inf
-        self._first = math.nan
 
     def deviation(self, count: int) -> float:
         """The standard deviation of the average of `count` losses, in that of one loss."""
@@ -238,11 +237,9 @@ class Average:
         Below 0, it is as far above the lowest as 4 times the fall.
         """
         value = self.update(loss)
-        if not self._losses:
-            self._first = value
         self._losses.append(loss)
         self._best = best = min(self._best, value)
-        limit = DIVERGED * best if best > 0 else best + DIVERGED * max(self._first - best, -best)
+        limit = DIVERGED * best if best > 0 else best + DIVERGED * max(self._losses[0] - best, -best)
         if len(self._losses) < FEWEST_JUDGED or min(value, *self._losses[-2:]) <= limit:
             return False
         return value - best > SURE_FALL * _noise(self._losses)

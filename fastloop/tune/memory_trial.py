@@ -20,9 +20,8 @@ from fastloop.tune.longest import Looked, look
 from fastloop.tune.losses import Losses
 from fastloop.tune.peaks import nvml_bytes, peak
 from fastloop.tune.phases import Marks, Phases, phases_of
-from fastloop.tune.step import Steps, first_batches, measure, settings_of, training
+from fastloop.tune.step import SEED, Steps, first_batches, measure, settings_of, training
 
-SEED = 0
 LOSS_WINDOWS = 5  # whose losses are compared
 BATCH_SECONDS = 3.0  # of reading batches for them
 
@@ -96,7 +95,6 @@ def _fill_gradients(loop: Loop) -> None:
 
 
 def _made(spec: Mapping[str, Any], options: Mapping[str, Any], split: int, state_dtype: str | None) -> tuple[Loop, Any]:
-    seed_everything(SEED)
     made = training(spec, {**options, "cuda_graph": False})  # a captured graph keeps all of its memory
     loop = made.loop
     loop.accumulation_steps *= split

@@ -12,7 +12,6 @@ from fastloop.bench.measure import measure_pairs
 from fastloop.bench.stats import Interval, median_interval
 from fastloop.loop import Loop
 from fastloop.loop.data import map_tensors, samples_in
-from fastloop.loop.random_state import seed_everything
 from fastloop.tune import child
 from fastloop.tune.longest import Looked, fixed_batches, look, samples_of
 from fastloop.tune.peaks import peak
@@ -83,7 +82,6 @@ def _decided(samples: list[int]) -> Any:
 
 
 def _made(spec: Mapping[str, Any], batch_size: int | None, accumulation_steps: int | None) -> tuple[Loop, Looked]:
-    seed_everything(0)
     made = training(
         spec,
         {} if accumulation_steps is None else {"accumulation_steps": accumulation_steps},

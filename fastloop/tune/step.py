@@ -27,8 +27,10 @@ from fastloop.loop.config import Training, build, read
 from fastloop.loop.data import samples_in
 from fastloop.loop.loader import rebuilt, with_settings
 from fastloop.loop.probe import moved
+from fastloop.loop.random_state import seed_everything
 from fastloop.tune.target import OF_A_RUN, SETTINGS, Target
 
+SEED = 0  # of every trial: two that differ in a setting differ in nothing that is drawn
 ENDLESS = 2**60  # windows of a run that is left when enough is measured
 WARMUP_WINDOWS = 3
 FEWEST_SAMPLES = 5
@@ -40,13 +42,14 @@ def training(
     options: Mapping[str, Any] | None = None,
     loader: Mapping[str, Any] | None = None,
 ) -> Training:
-    """The target's Loop and loader, as a trial needs them: nothing is written, logged or resumed.
+    """The target's Loop and loader, as a trial needs them: seeded; nothing is written, logged or resumed.
 
     Args:
         target: or its `spec()`.
         options: of Loop, in place of the present ones.
         loader: settings of the loader, in place of the present ones.
     """
+    seed_everything(SEED)
     of = target if isinstance(target, Target) else Target.of(target)
     tables = of.tables(options, loader)
     if "loop" in tables:

@@ -15,8 +15,7 @@ from typing import Any
 
 from fastloop.bench import measure as paired
 from fastloop.bench.stats import Interval
-from fastloop.loop.random_state import seed_everything
-from fastloop.tune.loading import PAIRS, ROUNDS, SEED, WON
+from fastloop.tune.loading import PAIRS, ROUNDS, WON
 from fastloop.tune.step import WARMUP_WINDOWS, Steps, Stream, empty_queue, training
 
 Way = Mapping[str, Mapping[str, Any]]  # {"options": ..., "loader": ...}, in place of the target's present ones
@@ -87,7 +86,6 @@ class _Side:
 
 def _serve(connection: Connection, spec: dict[str, Any], way: Way) -> None:
     try:
-        seed_everything(SEED)
         made = training(spec, way.get("options"), way.get("loader"))
         stream = Stream(made.train_loader)
         with Steps(made.loop, stream) as steps:

@@ -24,9 +24,10 @@ def context():
 
 def _enter(function, rank, world, rendezvous, results, args):
     import torch
+    from gloo import use_one_thread
 
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    use_one_thread()
     try:
         if world > 1:
             torch.distributed.init_process_group(

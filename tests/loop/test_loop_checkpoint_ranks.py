@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gloo import use_one_thread
 from test_loop_checkpoint import equal_states, loaded, names, same_bits
 
 from fastloop.loop import safetensors_writer
@@ -37,7 +38,7 @@ CONTEXT.set_forkserver_preload(
 
 def serve(function, rank, world, rendezvous, answers, args):
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    use_one_thread()
     torch.distributed.init_process_group(
         "gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=SECONDS)
     )
