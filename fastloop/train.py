@@ -42,10 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(given: argparse.Namespace) -> Config:
-    try:
-        config = read(given.config, given.set)
-    except OSError as error:
-        raise ConfigError(f"[{given.config}] cannot be read: {error.strerror}") from None
+    config = read(given.config, given.set)
     if not {"epochs", "max_steps"} & config.table("fit").keys():
         raise config.error(("fit",), "how long? write epochs or max_steps in the table [fit]")
     return config

@@ -149,14 +149,18 @@ def read(given: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[
         overrides: "table.key=value", applied in their order.
 
     Raises:
-        ConfigError: no TOML or JSON, or a key that nobody takes.
-        OSError: the file cannot be read.
+        ConfigError: a file that cannot be read, no TOML or JSON, or a key that nobody takes.
     """
     if isinstance(given, Mapping):
         config = Config(copy.deepcopy(dict(given)))
     else:
         path = Path(given)
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"[{path}] cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"[{path}] is not UTF-8: {error}") from None
         config = Config(_parsed(path, text), str(path), text)
     for assignment in overrides:
         config.set(assignment)

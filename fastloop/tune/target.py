@@ -139,8 +139,7 @@ def from_config(given: str | os.PathLike[str] | Mapping[str, Any], overrides: It
     """The target of a TOML or JSON file or of such tables, with its arguments, options and loader settings.
 
     Raises:
-        ConfigError: a config that does not fit, or one without a target.
-        OSError: the file cannot be read.
+        ConfigError: a file that cannot be read, a config that does not fit, or one without a target.
     """
     config = read(given, overrides)
     if "target" not in config.values:

@@ -66,7 +66,7 @@ def test_mlflow_has_the_metrics_the_parameters_and_the_pictures(tmp_path: Path, 
     assert (parameters["width"], parameters["data.kind"], parameters["lr"]) == ("4", "toy", "0.5")
     for metric in ("train/loss", "val/loss", "val/accuracy", "lr"):
         logged = [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
-        assert logged == loop.history[metric], metric
+        assert sorted(logged) == loop.history[metric], metric  # MLflow's threads may write a later row first
     names = [Path(each.path).name for each in client.list_artifacts(run_id, "images")]
     assert any(name.startswith("worst") for name in names)
     assert any(name.startswith("confusion") for name in names)

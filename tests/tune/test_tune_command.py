@@ -102,26 +102,28 @@ def test_a_hanging_target_ends(main: Main, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--target", "no colon"],
-        ["--config", "not_there.toml"],
-        ["--set", "loop.presicion=bf16"],
-        ["--set", "loader.workers=2"],
-        ["--apply"],
-        ["--apply", "other.toml"],
-        ["--target", "targets:slow", "--apply", "mine.toml"],
+        (["--target", "no colon"], '[config] target must be "package.module:function", got'),
+        (["--config", "not_there.toml"], "[not_there.toml] cannot be read: No such file or directory"),
+        (["--config", "latin.toml"], "[latin.toml] is not UTF-8"),
+        (["--set", "loop.presicion=bf16"], "unknown key 'loop.presicion'; did you mean 'precision'?"),
+        (["--set", "loader.workers=2"], "got workers"),
+        (["--apply"], "into that of --config, which is not given"),
+        (["--apply", "other.toml"], "other.toml is the config of other:thing"),
+        (["--target", "targets:slow", "--apply", "mine.toml"], "mine.toml has loop.precision"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_measured(
-    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+    main: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     asked = answers(monkeypatch)
+    Path("latin.toml").write_bytes('target = "übung:los"'.encode("latin-1"))
     Path("other.toml").write_text('target = "other:thing"\n')
     Path("mine.toml").write_text('target = "targets:slow"\n[loop]\nprecision = "bf16"\n')
     assert main("loader", *arguments) == 2
     assert not asked
-    assert capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["nothing"], [], ["loader", "--budget", "soon"], ["loader", "--low", "1"]])
