@@ -255,8 +255,8 @@ class Loop(Fitting):
             options: of Loop, which go before those of the config.
 
         Raises:
-            ConfigError: a file that cannot be read, a key that nobody takes or a value that does not fit; it names file,
-                line and key.
+            ConfigError: a file that cannot be read, a key that nobody takes or a value that does not fit; it names the
+                file, the line and the key.
         """
         return config_file.build(cls, config_file.read(given), model, optimizer, loss_fn, **options).loop
 
