@@ -8,7 +8,6 @@ compares with the same training in one process, which every rank repeats for its
 from __future__ import annotations
 
 import copy
-import datetime
 import faulthandler
 import functools
 import importlib.util
@@ -25,7 +24,6 @@ import pytest
 import torch
 from cases import CASES
 from conftest import EMULATED, HAS_GPU
-from gloo import use_one_thread
 from interpreter import replace_the_language_once_a_launch
 from mirror import mirror
 from support import bits, checked_step, example, make, values
@@ -128,17 +126,14 @@ def emulate_cuda():
 
 
 def serve(rank, world, folder, requests, answers):
+    from gloo import join  # not above: a build of torch without gloo has nothing to put in its place
+
     fault = open(folder / f"fault-{rank}", "w")  # noqa: SIM115 (written to when the process crashes)
     faulthandler.enable(fault)
-    torch.set_num_threads(1)
     emulate_cuda()
     if not HAS_GPU and fastloop.backends()["triton"]["available"]:
         replace_the_language_once_a_launch()
-    use_one_thread()
-    timeout = datetime.timedelta(seconds=SECONDS)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
-    )
+    join(rank, world, folder / "rendezvous", SECONDS)
     while True:
         name, args, kwargs = requests.get()
         try:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import multiprocessing
 import os
 import signal
@@ -23,17 +22,10 @@ def context():
 
 
 def _enter(function, rank, world, rendezvous, results, args):
-    import torch
-    from gloo import use_one_thread
+    from gloo import join
 
-    torch.set_num_threads(1)
-    use_one_thread()
     try:
-        if world > 1:
-            torch.distributed.init_process_group(
-                "gloo", f"file://{rendezvous}", rank=rank, world_size=world,
-                timeout=datetime.timedelta(seconds=SECONDS),
-            )  # fmt: skip
+        join(rank, world, rendezvous, SECONDS)
         results.send((None, function(rank, *args)))
     except Exception:
         results.send((traceback.format_exc(), None))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gloo import use_one_thread
 from test_loop_checkpoint import equal_states, loaded, names, same_bits
 
 from fastloop.loop import safetensors_writer
@@ -37,11 +35,9 @@ CONTEXT.set_forkserver_preload(
 
 
 def serve(function, rank, world, rendezvous, answers, args):
-    torch.set_num_threads(1)
-    use_one_thread()
-    torch.distributed.init_process_group(
-        "gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=SECONDS)
-    )
+    from gloo import join  # not above: a build of torch without gloo has nothing to put in its place
+
+    join(rank, world, rendezvous, SECONDS)
     try:
         answers.put((rank, None, function(rank, world, *args)))
     except BaseException:
